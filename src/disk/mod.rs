@@ -1,0 +1,113 @@
+//! Crash-safe local files: what was reported written is there after a power cut, and a name never shows half a file.
+//!
+//! An fsync that fails is always an error: the kernel may have dropped the data, so nobody may be told it is safe.
+
+mod read;
+
+use std::fs::{File, OpenOptions};
+use std::io::Write;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use crate::error::{Error, IoContext, Kind, Result};
+
+pub use read::UncachedFile;
+
+/// Writes a file so that after a crash its name shows the old content or the new, never a part: temporary file in the
+/// same directory, fsync, rename, fsync of the directory.
+pub fn durable_write(path: &Path, content: &[u8], mode: u32) -> Result<()> {
+    let temporary = temporary_beside(path);
+    let _ = std::fs::remove_file(&temporary);
+    let mut file =
+        OpenOptions::new().write(true).create_new(true).mode(mode).open(&temporary).on("create", &temporary)?;
+    file.write_all(content).on("write", &temporary)?;
+    file.sync_all().on("sync", &temporary)?;
+    durable_rename(&temporary, path)
+}
+
+/// Renames within one filesystem and makes the new name durable. The content must have been synced before.
+#[allow(clippy::disallowed_methods, reason = "this is the crash-safe rename")]
+pub fn durable_rename(from: &Path, to: &Path) -> Result<()> {
+    std::fs::rename(from, to).on("rename to", to)?;
+    sync_dir(parent_of(to))
+}
+
+/// Makes the names in a directory durable.
+pub fn sync_dir(directory: &Path) -> Result<()> {
+    File::open(directory).and_then(|dir| dir.sync_all()).on("sync directory", directory)
+}
+
+/// Creates a directory (and those above it) unless it is there.
+pub fn create_dir(path: &Path, mode: u32) -> Result<()> {
+    std::fs::DirBuilder::new().recursive(true).mode(mode).create(path).on("create directory", path)
+}
+
+/// Removes a file; one that is not there is fine.
+pub fn remove_if_there(path: &Path) -> Result<()> {
+    match std::fs::remove_file(path) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(e).on("remove", path),
+        _ => Ok(()),
+    }
+}
+
+/// The content of a small file, or `None` when there is none.
+pub fn read_if_there(path: &Path) -> Result<Option<Vec<u8>>> {
+    match std::fs::read(path) {
+        Ok(content) => Ok(Some(content)),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(e) => Err(e).on("read", path),
+    }
+}
+
+fn parent_of(path: &Path) -> &Path {
+    path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}
+
+fn temporary_beside(path: &Path) -> PathBuf {
+    let mut name = path.file_name().unwrap_or_default().to_os_string();
+    name.push(format!(".{}.tmp", std::process::id()));
+    path.with_file_name(name)
+}
+
+/// An exclusive lock on a file, held until dropped or until the process ends, however it ends.
+#[derive(Debug)]
+pub struct Lock {
+    _file: File,
+}
+
+impl Lock {
+    /// Takes the lock at once, or says that somebody else holds it.
+    pub fn try_take(path: &Path) -> Result<Option<Lock>> {
+        let file = OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(path).on("open", path)?;
+        match file.try_lock() {
+            Ok(()) => Ok(Some(Lock { _file: file })),
+            Err(std::fs::TryLockError::WouldBlock) => Ok(None),
+            Err(std::fs::TryLockError::Error(e)) => Err(Error::new(Kind::Local, format!("could not lock {}", path.display())).source(e)),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_write_replaces_the_whole_file_and_leaves_nothing_beside_it() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let path = dir.path().join("state.json");
+        durable_write(&path, b"old, and longer", 0o600).expect("first");
+        durable_write(&path, b"new", 0o600).expect("second");
+        assert_eq!(std::fs::read(&path).expect("content"), b"new");
+        assert_eq!(std::fs::read_dir(dir.path()).expect("list").count(), 1);
+    }
+
+    #[test]
+    fn a_lock_is_held_by_one() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let path = dir.path().join("lock");
+        let held = Lock::try_take(&path).expect("works").expect("free");
+        assert!(Lock::try_take(&path).expect("works").is_none());
+        drop(held);
+        assert!(Lock::try_take(&path).expect("works").is_some());
+    }
+}

@@ -1,0 +1,165 @@
+//! What happens, as typed events: the library emits them, `cli` turns them into log lines and progress.
+//!
+//! An event is a fact worth a person's attention. Its text is written here once, so that a log, a metric and a notice
+//! can never tell three stories.
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::model::{BackupId, Generation, Lsn, Timeline, Timestamp, human_bytes};
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Level {
+    /// Worth knowing when looking for the cause of something.
+    Detail,
+    /// The ordinary course of things.
+    Info,
+    /// Something needs looking at; the promise still holds.
+    Warning,
+    /// A promise is broken or in danger now.
+    Alarm,
+}
+
+#[derive(Debug, Clone)]
+pub enum Event {
+    /// A request to the store failed and is made again.
+    StoreRetry { request: String, attempt: u32, wait: Duration, error: String },
+    BackupStarted { id: BackupId, start: Lsn, files: u64, bytes: u64 },
+    /// Bytes read so far of the bytes planned.
+    BackupProgress { done: u64, total: u64 },
+    BackupWaitsForWal { through: Lsn, missing: u64 },
+    BackupDone { id: BackupId, read: u64, stored: u64, elapsed: Duration },
+    BackupFailed { error: String, next_try: Duration },
+    PageDamaged { file: String, block: u32 },
+    PagesDamaged { files: u64, pages: u64 },
+    SegmentPushed { name: String, stored: u64 },
+    GenerationClaimed { generation: Generation, parent: Option<Generation> },
+    RestorePlanned { backup: BackupId, files: u64, bytes: u64, target: String },
+    RestoreProgress { done: u64, total: u64 },
+    RestoreDone { backup: BackupId, bytes: u64, elapsed: Duration },
+    FetchRefused { name: String, error: String },
+    /// The boot decision, in words.
+    Decided { decision: String },
+    ServerStarting { command: String },
+    RecoveryDone { timeline: Timeline, elapsed: Duration },
+    Ready { port: u16, generation: Generation },
+    Stopping { why: String },
+    ServerStopped { status: String },
+    /// WAL that was ready but could not be pushed before the process had to end.
+    WalLeftBehind { segments: u64, error: String },
+    ArchiveLags { behind: Duration, newest: Option<Timestamp> },
+    Note { level: Level, text: String },
+}
+
+impl Event {
+    pub fn level(&self) -> Level {
+        use Event::*;
+        match self {
+            BackupProgress { .. } | RestoreProgress { .. } | SegmentPushed { .. } => Level::Detail,
+            StoreRetry { attempt, .. } if *attempt < 3 => Level::Detail,
+            StoreRetry { .. } | BackupFailed { .. } | FetchRefused { .. } | ArchiveLags { .. } => Level::Warning,
+            PageDamaged { .. } | PagesDamaged { .. } | WalLeftBehind { .. } => Level::Alarm,
+            Note { level, .. } => *level,
+            _ => Level::Info,
+        }
+    }
+}
+
+impl fmt::Display for Event {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        use Event::*;
+        match self {
+            StoreRetry { request, attempt, wait, error } => {
+                write!(f, "{request} failed (attempt {attempt}), next try in {:.1} s: {error}", wait.as_secs_f64())
+            }
+            BackupStarted { id, start, files, bytes } => {
+                write!(f, "backup {id} started at {start}: {files} files, {}", human_bytes(*bytes))
+            }
+            BackupProgress { done, total } => {
+                write!(f, "backup: {} of {} read", human_bytes(*done), human_bytes(*total))
+            }
+            BackupWaitsForWal { through, missing } => {
+                write!(f, "backup: waiting for WAL through {through} to reach the repository ({missing} segments missing)")
+            }
+            BackupDone { id, read, stored, elapsed } => write!(
+                f,
+                "backup {id} is restorable: {} read, {} stored, {:.1} s",
+                human_bytes(*read),
+                human_bytes(*stored),
+                elapsed.as_secs_f64()
+            ),
+            BackupFailed { error, next_try } => {
+                write!(f, "backup failed, next try in {} s: {error}", next_try.as_secs())
+            }
+            PageDamaged { file, block } => write!(f, "page checksum does not hold: {file}, block {block}"),
+            PagesDamaged { files, pages } => write!(
+                f,
+                "{pages} damaged pages in {files} files were backed up as they are; `pg_amcheck` tells what they hold"
+            ),
+            SegmentPushed { name, stored } => write!(f, "pushed {name} ({})", human_bytes(*stored)),
+            GenerationClaimed { generation, parent: Some(parent) } => {
+                write!(f, "claimed generation {generation}, child of generation {parent}")
+            }
+            GenerationClaimed { generation, parent: None } => write!(f, "claimed generation {generation}"),
+            RestorePlanned { backup, files, bytes, target } => {
+                write!(f, "restoring backup {backup} to {target}: {files} files, {}", human_bytes(*bytes))
+            }
+            RestoreProgress { done, total } => {
+                write!(f, "restore: {} of {} written", human_bytes(*done), human_bytes(*total))
+            }
+            RestoreDone { backup, bytes, elapsed } => {
+                write!(f, "backup {backup} restored: {} in {:.1} s", human_bytes(*bytes), elapsed.as_secs_f64())
+            }
+            FetchRefused { name, error } => write!(f, "cannot hand {name} to recovery: {error}"),
+            Decided { decision } => f.write_str(decision),
+            ServerStarting { command } => write!(f, "starting {command}"),
+            RecoveryDone { timeline, elapsed } => {
+                write!(f, "recovery done in {:.1} s, now on timeline {timeline}", elapsed.as_secs_f64())
+            }
+            Ready { port, generation } => write!(f, "ready: port {port}, generation {generation}"),
+            Stopping { why } => write!(f, "stopping: {why}"),
+            ServerStopped { status } => write!(f, "PostgreSQL ended: {status}"),
+            WalLeftBehind { segments, error } => {
+                write!(f, "{segments} WAL segments did not reach the repository: {error}")
+            }
+            ArchiveLags { behind, newest } => {
+                write!(f, "the newest durable WAL is {} s old", behind.as_secs())?;
+                newest.iter().try_for_each(|at| write!(f, " (pushed {})", at.short()))
+            }
+            Note { text, .. } => f.write_str(text),
+        }
+    }
+}
+
+/// Where events go; clones share it.
+#[derive(Clone)]
+pub struct Events(Arc<dyn Fn(&Event) + Send + Sync>);
+
+impl Events {
+    pub fn new(sink: impl Fn(&Event) + Send + Sync + 'static) -> Events {
+        Events(Arc::new(sink))
+    }
+
+    pub fn silent() -> Events {
+        Events::new(|_| ())
+    }
+
+    pub fn emit(&self, event: Event) {
+        (self.0)(&event);
+    }
+
+    pub fn info(&self, text: impl Into<String>) {
+        self.emit(Event::Note { level: Level::Info, text: text.into() });
+    }
+
+    pub fn warning(&self, text: impl Into<String>) {
+        self.emit(Event::Note { level: Level::Warning, text: text.into() });
+    }
+}
+
+impl fmt::Debug for Events {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Events")
+    }
+}

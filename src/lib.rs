@@ -1,0 +1,17 @@
+//! Perennial keeps a PostgreSQL cluster alive in an object-store bucket while the machines it runs on come and go.
+//!
+//! The modules in layer order; each imports only from layers below it (docs/ARCHITECTURE.md, held by `tests/tidy.rs`).
+
+// L0: nouns, time, events, errors
+pub mod clock;
+pub mod error;
+pub mod events;
+pub mod model;
+
+// L1: bytes and places
+pub mod disk;
+pub mod storage;
+pub mod wal;
+
+// L2: the bucket and the server, typed; they do not know each other
+pub mod repository;

@@ -1,0 +1,92 @@
+//! `global/pg_control`: the server's own word on what a data directory is. Believed only when its CRC holds.
+//!
+//! Offsets follow `ControlFileData` (catalog/pg_control.h) on 64-bit little-endian machines.
+
+use std::path::Path;
+
+use super::version::Version;
+use crate::error::{Error, IoContext, Result};
+use crate::model::{Lsn, SystemId, Timeline};
+use crate::wal::SegmentSize;
+
+/// Bytes the server writes (`PG_CONTROL_FILE_SIZE`).
+pub const CONTROL_FILE_SIZE: usize = 8192;
+pub const CONTROL_FILE: &str = "global/pg_control";
+
+/// `DBState`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum State {
+    StartingUp,
+    ShutDown,
+    ShutDownInRecovery,
+    ShuttingDown,
+    InCrashRecovery,
+    InArchiveRecovery,
+    InProduction,
+}
+
+/// What we read of the control file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ControlFile {
+    pub system_id: SystemId,
+    pub catalog_version: u32,
+    pub state: State,
+    pub checkpoint: Lsn,
+    pub redo: Lsn,
+    pub timeline: Timeline,
+    pub min_recovery_point: Lsn,
+    pub segment_size: SegmentSize,
+    pub data_checksums: bool,
+}
+
+impl ControlFile {
+    pub fn read(data_dir: &Path, version: Version) -> Result<ControlFile> {
+        let path = data_dir.join(CONTROL_FILE);
+        let bytes = std::fs::read(&path).on("read", &path)?;
+        ControlFile::parse(&bytes, version).map_err(|e| e.context(path.display()))
+    }
+
+    pub fn parse(bytes: &[u8], version: Version) -> Result<ControlFile> {
+        let crc_at = version.control_crc_at;
+        if bytes.len() < crc_at + 4 {
+            return Err(Error::damaged(format!("the control file is only {} bytes long", bytes.len())));
+        }
+        let u32_at = |at: usize| bytes[at..at + 4].try_into().map_or(0, u32::from_le_bytes);
+        let u64_at = |at: usize| bytes[at..at + 8].try_into().map_or(0, u64::from_le_bytes);
+        if crc32c::crc32c(&bytes[..crc_at]) != u32_at(crc_at) {
+            return Err(Error::damaged("the checksum of the control file does not hold"));
+        }
+        if u32_at(8) != version.control_version {
+            return Err(Error::damaged(format!(
+                "the control file is of version {}, PostgreSQL {} writes {}",
+                u32_at(8),
+                version.major,
+                version.control_version
+            )));
+        }
+        if u32_at(216) != 8192 {
+            return Err(Error::refused(format!("a block size of {} bytes is not supported, only 8192", u32_at(216))));
+        }
+        let state = match u32_at(16) {
+            1 => State::ShutDown,
+            2 => State::ShutDownInRecovery,
+            3 => State::ShuttingDown,
+            4 => State::InCrashRecovery,
+            5 => State::InArchiveRecovery,
+            6 => State::InProduction,
+            _ => State::StartingUp,
+        };
+        Ok(ControlFile {
+            system_id: SystemId(u64_at(0)),
+            catalog_version: u32_at(12),
+            state,
+            checkpoint: Lsn(u64_at(32)),
+            redo: Lsn(u64_at(40)),
+            timeline: Timeline(u32_at(48)),
+            min_recovery_point: Lsn(u64_at(136)),
+            segment_size: SegmentSize::try_from(u64::from(u32_at(228)))
+                .map_err(|e| Error::damaged(format!("the control file: {e}")))?,
+            data_checksums: u32_at(252) != 0,
+        })
+    }
+}

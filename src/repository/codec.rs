@@ -1,0 +1,144 @@
+//! Compression and checksums of stored bytes.
+
+use std::cell::RefCell;
+use std::fmt;
+
+use crate::error::{Error, Result};
+use crate::model::{Malformed, serde_as_text};
+
+/// How new objects are compressed; readers need not know. Chosen by `init`, kept in the descriptor.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct Codec {
+    /// A zstd level, 1 to 19.
+    pub zstd_level: i32,
+}
+
+impl Default for Codec {
+    fn default() -> Codec {
+        Codec { zstd_level: 3 }
+    }
+}
+
+impl Codec {
+    pub fn with_level(level: i32) -> Result<Codec> {
+        if !(1..=19).contains(&level) {
+            return Err(Error::usage(format!("zstd level {level} is not one of 1 to 19")));
+        }
+        Ok(Codec { zstd_level: level })
+    }
+
+    /// One zstd frame that knows its content's size and checksum (XXH64, checked by every zstd decoder).
+    pub fn compress(self, plain: &[u8]) -> Result<Vec<u8>> {
+        thread_local! {
+            static COMPRESSOR: RefCell<Option<(i32, zstd::bulk::Compressor<'static>)>> = const { RefCell::new(None) };
+        }
+        let compress = |slot: &mut Option<(i32, zstd::bulk::Compressor<'static>)>| -> std::io::Result<Vec<u8>> {
+            let mut compressor = match slot.take() {
+                Some((level, compressor)) if level == self.zstd_level => compressor,
+                _ => {
+                    let mut compressor = zstd::bulk::Compressor::new(self.zstd_level)?;
+                    compressor.include_checksum(true)?;
+                    compressor
+                }
+            };
+            let frame = compressor.compress(plain)?;
+            *slot = Some((self.zstd_level, compressor));
+            Ok(frame)
+        };
+        let frame = COMPRESSOR.with(|slot| compress(&mut slot.borrow_mut()));
+        let mut frame = frame.map_err(|e| Error::internal("zstd could not compress").source(e))?;
+        frame.shrink_to_fit();
+        Ok(frame)
+    }
+}
+
+/// Decompresses one frame whose content is `size` bytes; says why when it is not.
+pub fn decompress(frame: &[u8], size: usize) -> Result<Vec<u8>, String> {
+    thread_local! {
+        static DECOMPRESSOR: RefCell<Option<zstd::bulk::Decompressor<'static>>> = const { RefCell::new(None) };
+    }
+    let decompress = |slot: &mut Option<zstd::bulk::Decompressor<'static>>| -> std::io::Result<Vec<u8>> {
+        let mut decompressor = match slot.take() {
+            Some(decompressor) => decompressor,
+            None => zstd::bulk::Decompressor::new()?,
+        };
+        let plain = decompressor.decompress(frame, size)?;
+        *slot = Some(decompressor);
+        Ok(plain)
+    };
+    let plain = DECOMPRESSOR.with(|slot| decompress(&mut slot.borrow_mut()));
+    let plain = plain.map_err(|e| format!("a frame does not decompress: {e}"))?;
+    if plain.len() != size {
+        return Err(format!("a frame holds {} bytes, expected {size}", plain.len()));
+    }
+    Ok(plain)
+}
+
+/// SHA-256, written as 64 hexadecimal digits: every language's standard library can check it.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Sha256(pub [u8; 32]);
+
+impl Sha256 {
+    pub fn of(bytes: &[u8]) -> Sha256 {
+        let digest = aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, bytes);
+        let mut hash = [0; 32];
+        hash.copy_from_slice(digest.as_ref());
+        Sha256(hash)
+    }
+}
+
+impl fmt::Display for Sha256 {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+    }
+}
+
+impl fmt::Debug for Sha256 {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+impl std::str::FromStr for Sha256 {
+    type Err = Malformed;
+
+    fn from_str(text: &str) -> Result<Sha256, Malformed> {
+        let malformed = || Malformed::new("SHA-256", text, "64 hexadecimal digits");
+        if text.len() != 64 || !text.bytes().all(|b| b.is_ascii_hexdigit()) {
+            return Err(malformed());
+        }
+        let mut hash = [0; 32];
+        for (index, byte) in hash.iter_mut().enumerate() {
+            *byte = u8::from_str_radix(&text[2 * index..2 * index + 2], 16).map_err(|_| malformed())?;
+        }
+        Ok(Sha256(hash))
+    }
+}
+
+serde_as_text!(Sha256);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn frames_carry_their_size_and_refuse_damage() {
+        let plain: Vec<u8> = (0..100_000u32).flat_map(|n| (n / 7).to_le_bytes()).collect();
+        let frame = Codec::default().compress(&plain).expect("compresses");
+        assert_eq!(decompress(&frame, plain.len()).expect("decompresses"), plain);
+        assert!(decompress(&frame, plain.len() - 1).is_err());
+        let mut bad = frame.clone();
+        bad[frame.len() / 2] ^= 1;
+        assert!(decompress(&bad, plain.len()).is_err());
+        // A decoder that has failed once must still be good for the next frame.
+        assert_eq!(decompress(&frame, plain.len()).expect("decompresses"), plain);
+    }
+
+    #[test]
+    fn hashes_are_those_everybody_computes() {
+        let empty = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855";
+        assert_eq!(Sha256::of(b"").to_string(), empty);
+        assert_eq!(empty.parse(), Ok(Sha256::of(b"")));
+        assert!("e3".parse::<Sha256>().is_err());
+    }
+}

@@ -1,0 +1,113 @@
+//! Every key of a repository, built and parsed here and nowhere else. Relative to the repository's prefix.
+
+use crate::model::{BackupId, Generation, PackId, Timeline};
+use crate::wal::{SegmentName, WalFileName};
+
+pub const DESCRIPTOR: &str = "perennial.json";
+pub const PROBE: &str = "perennial.probe";
+pub const GENERATIONS: &str = "generations";
+pub const BACKUPS: &str = "backups";
+
+pub fn generation_dir(generation: Generation) -> String {
+    format!("{GENERATIONS}/{}", generation.padded())
+}
+
+pub fn claim(generation: Generation) -> String {
+    format!("{}/generation.json", generation_dir(generation))
+}
+
+/// All WAL of a generation is under this.
+pub fn wal_dir(generation: Generation) -> String {
+    format!("{}/wal", generation_dir(generation))
+}
+
+/// The key of an archived file: segments and what belongs to them in a folder per timeline and xlogid.
+pub fn wal_file(generation: Generation, name: WalFileName) -> String {
+    let wal = wal_dir(generation);
+    match name {
+        WalFileName::History(_) => format!("{wal}/{name}.zst"),
+        WalFileName::Segment(segment) | WalFileName::Partial(segment) | WalFileName::Backup(segment, _) => {
+            format!("{wal}/{}/{name}.zst", folder(segment))
+        }
+    }
+}
+
+fn folder(segment: SegmentName) -> String {
+    format!("{}/{:08X}", segment.timeline.hex(), segment.log)
+}
+
+pub fn manifest(backup: BackupId) -> String {
+    format!("{BACKUPS}/{backup}/manifest")
+}
+
+pub fn pack(pack: PackId) -> String {
+    format!("packs/{pack}")
+}
+
+/// The generation of a `generations/…` directory.
+pub fn parse_generation_dir(directory: &str) -> Option<Generation> {
+    Generation::from_padded(directory.strip_prefix(GENERATIONS)?.strip_prefix('/')?)
+}
+
+/// The backup of a `backups/…` directory.
+pub fn parse_backup_dir(directory: &str) -> Option<BackupId> {
+    directory.strip_prefix(BACKUPS)?.strip_prefix('/')?.parse().ok()
+}
+
+/// The archived file of a key under [`wal_dir`].
+pub fn parse_wal_file(key: &str) -> Option<(Generation, WalFileName)> {
+    let (generation, rest) = key.strip_prefix(GENERATIONS)?.strip_prefix('/')?.split_once('/')?;
+    let generation = Generation::from_padded(generation)?;
+    let name: WalFileName = rest.rsplit('/').next()?.strip_suffix(".zst")?.parse().ok()?;
+    // Only the one spelling: a file in the wrong folder is not found by its key, so it must not be listed either.
+    (wal_file(generation, name) == key).then_some((generation, name))
+}
+
+/// The timeline of a directory directly under [`wal_dir`].
+pub fn parse_timeline_dir(directory: &str) -> Option<Timeline> {
+    Timeline::from_hex(directory.rsplit('/').next()?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::Lsn;
+
+    #[test]
+    fn every_key_reads_back_as_what_it_was_built_from() {
+        let generation = Generation(12);
+        for name in ["000000010000000A000000FE", "000000010000000A000000FE.partial", "000000010000000A000000FE.00000028.backup", "0000000B.history"] {
+            let name: WalFileName = name.parse().expect(name);
+            assert_eq!(parse_wal_file(&wal_file(generation, name)), Some((generation, name)));
+        }
+        assert_eq!(parse_generation_dir(&generation_dir(generation)), Some(generation));
+        let backup = BackupId { generation, start: Lsn(40), nonce: 7 };
+        let directory = manifest(backup);
+        assert_eq!(parse_backup_dir(directory.strip_suffix("/manifest").expect("a manifest")), Some(backup));
+    }
+
+    #[test]
+    fn the_keys_are_those_of_the_format() {
+        let segment = "000000010000000A000000FE".parse().expect("a name");
+        assert_eq!(
+            wal_file(Generation(1), segment),
+            "generations/00000001/wal/00000001/0000000A/000000010000000A000000FE.zst"
+        );
+        assert_eq!(wal_file(Generation(1), WalFileName::History(Timeline(2))), "generations/00000001/wal/00000002.history.zst");
+        assert_eq!(claim(Generation(1)), "generations/00000001/generation.json");
+    }
+
+    #[test]
+    fn foreign_keys_are_not_ours() {
+        for key in [
+            "generations/1/wal/00000002.history.zst",
+            "generations/00000001/wal/00000002.history",
+            "generations/00000001/wal/00000002/0000000A/000000010000000A000000FE.zst",
+            "generations/00000001/wal/000000010000000A000000FE.zst",
+            "generations/00000001/generation.json",
+            "backups/x/manifest",
+        ] {
+            assert_eq!(parse_wal_file(key), None, "{key}");
+        }
+    }
+}

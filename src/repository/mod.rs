@@ -1,0 +1,138 @@
+//! The bucket as a typed thing: its descriptor, generations, WAL, packs and backup manifests.
+//!
+//! Everything is written once. docs/format.md describes every byte; keys are built and parsed in [`layout`] only.
+//! What a restore needs is answered in [`reach`] only, so that restore, retention and verify cannot disagree.
+
+pub mod codec;
+mod descriptor;
+mod document;
+mod envelope;
+mod generation;
+pub mod layout;
+pub mod manifest;
+pub mod pack;
+pub mod reach;
+mod wal_index;
+mod wal_object;
+
+use std::sync::Arc;
+
+use crate::clock::Clock;
+use crate::error::{Error, Result};
+use crate::storage::{Body, Created, Store, probe, read_small};
+
+pub use codec::Codec;
+pub use descriptor::Descriptor;
+pub use generation::{Claim, Lineage, NewWriter};
+pub use wal_index::{WalIndex, WalPlace};
+pub use wal_object::{Put, WalHead, WalObject};
+
+/// An opened repository: a store and the descriptor that says what is in it.
+#[derive(Debug, Clone)]
+pub struct Repository {
+    store: Arc<dyn Store>,
+    descriptor: Descriptor,
+    clock: Clock,
+}
+
+/// What is known of the place a repository should be at.
+#[derive(Debug)]
+pub enum Found {
+    Repository(Repository),
+    /// Proven: the prefix holds nothing at all.
+    Empty,
+}
+
+/// Documents (descriptor, claims, histories) are small; larger ones are not ours.
+const DOCUMENT_MAX: u64 = 1 << 20;
+
+impl Repository {
+    /// Looks whether there is a repository. An error says nothing about it.
+    pub async fn find(store: Arc<dyn Store>, clock: &Clock) -> Result<Found> {
+        if let Some(bytes) = read_small(&*store, layout::DESCRIPTOR, DOCUMENT_MAX).await? {
+            let descriptor = Descriptor::parse(&bytes, &store.url(layout::DESCRIPTOR))?;
+            return Ok(Found::Repository(Repository { store, descriptor, clock: clock.clone() }));
+        }
+        let level = store.list_level("").await?;
+        if level.directories.is_empty() && level.entries.is_empty() {
+            return Ok(Found::Empty);
+        }
+        let example = level.directories.first().cloned().or(level.entries.first().map(|e| e.key.clone()));
+        Err(Error::refused(format!(
+            "{} is not a Perennial repository and not empty: it has '{}' but no {}",
+            store.url(""),
+            example.unwrap_or_default(),
+            layout::DESCRIPTOR
+        ))
+        .hint("check the address, or choose a prefix of its own for the repository"))
+    }
+
+    /// Opens a repository that must be there.
+    pub async fn open(store: Arc<dyn Store>, clock: &Clock) -> Result<Repository> {
+        let url = store.url("");
+        match Repository::find(store, clock).await? {
+            Found::Repository(repository) => Ok(repository),
+            Found::Empty => Err(Error::not_found(format!("{url}: there is no repository, the place is empty"))
+                .hint(format!("check the address; `perennial init {}` makes a new one", url.trim_end_matches('/')))),
+        }
+    }
+
+    /// Takes a descriptor known from before, so that nothing need be asked.
+    pub fn assume(store: Arc<dyn Store>, descriptor: Descriptor, clock: &Clock) -> Repository {
+        Repository { store, descriptor, clock: clock.clone() }
+    }
+
+    /// Makes a new repository in an empty place, after a probe of the store. One that is there already is opened.
+    pub async fn init(store: Arc<dyn Store>, codec: Codec, clock: &Clock) -> Result<(Repository, Created)> {
+        if let Found::Repository(repository) = Repository::find(Arc::clone(&store), clock).await? {
+            return Ok((repository, Created::AlreadyThere));
+        }
+        probe(&*store, layout::PROBE, clock).await?;
+        let descriptor = Descriptor::new(codec, clock);
+        let created = store.create(layout::DESCRIPTOR, &Body::from(descriptor.to_bytes()?)).await?;
+        match created {
+            Created::Now => Ok((Repository { store, descriptor, clock: clock.clone() }, created)),
+            Created::AlreadyThere => Ok((Repository::open(store, clock).await?, created)),
+        }
+    }
+
+    pub fn store(&self) -> &dyn Store {
+        &*self.store
+    }
+
+    pub fn shared_store(&self) -> Arc<dyn Store> {
+        Arc::clone(&self.store)
+    }
+
+    pub fn descriptor(&self) -> &Descriptor {
+        &self.descriptor
+    }
+
+    pub fn clock(&self) -> &Clock {
+        &self.clock
+    }
+
+    pub fn url(&self, key: &str) -> String {
+        self.store.url(key)
+    }
+
+    /// The address of the whole repository, without a slash at its end.
+    pub fn address(&self) -> String {
+        self.store.url("").trim_end_matches('/').to_owned()
+    }
+
+    /// An object that something else in the repository names, so that its absence is damage.
+    async fn must_read(&self, key: &str, range: std::ops::Range<u64>) -> Result<crate::storage::Chunk> {
+        self.store.read(key, range).await?.ok_or_else(|| self.missing(key))
+    }
+
+    pub(crate) fn missing(&self, key: &str) -> Error {
+        Error::damaged(format!("{} is missing", self.url(key)))
+            .hint("bring the object back from a copy or an older version of the bucket, or choose another backup (`perennial list`)")
+    }
+
+    pub(crate) fn corrupt(&self, key: &str, why: impl std::fmt::Display) -> Error {
+        Error::damaged(format!("{} is damaged: {why}", self.url(key)))
+            .hint("bring the object back from a copy or an older version of the bucket, or choose another backup (`perennial list`)")
+    }
+}

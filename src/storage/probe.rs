@@ -1,0 +1,35 @@
+//! Does the store keep its side of the bargain? Asked once, by `init`.
+
+use super::{Body, Created, Store};
+use crate::clock::Clock;
+use crate::error::{Error, Result};
+use crate::model::WriteId;
+
+/// Creates one key twice and reads it back: the second create must be refused, or two machines could both believe that
+/// they write alone. The key is deleted again; `key` must be one that nothing else uses.
+pub async fn probe(store: &dyn Store, key: &str, clock: &Clock) -> Result<()> {
+    let body = |id: WriteId| Body::from(format!("perennial probe {id}\n").into_bytes());
+    let first = body(WriteId(clock.random()));
+    let second = body(WriteId(clock.random()));
+    let outcome = try_twice(store, key, &first, &second).await;
+    store.delete(key).await?;
+    outcome
+}
+
+async fn try_twice(store: &dyn Store, key: &str, first: &Body, second: &Body) -> Result<()> {
+    if store.create(key, first).await? == Created::AlreadyThere {
+        return Err(Error::refused(format!("{} is there already: another init is running", store.url(key)))
+            .hint("wait for it, or delete that object if it was left by a killed init"));
+    }
+    let again = store.create(key, second).await?;
+    let there = store.read(key, 0..first.len()).await?;
+    match (again, there) {
+        (Created::AlreadyThere, Some(chunk)) if chunk.bytes == first.head(usize::MAX) => Ok(()),
+        (Created::AlreadyThere, _) => Err(Error::refused(format!("{}: the store does not give back what was written to it", store.url("")))),
+        (Created::Now, _) => Err(Error::refused(format!(
+            "{}: the store accepts a conditional write (If-None-Match: *) and ignores the condition",
+            store.url("")
+        ))
+        .hint("use a store that honours it: AWS S3, GCS, Azure, R2, MinIO, Ceph or SeaweedFS in a recent version")),
+    }
+}

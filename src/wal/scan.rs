@@ -1,0 +1,323 @@
+//! One pass over a WAL segment: is it what its name says, is every record whole, and what happened in it.
+//!
+//! Layouts are those of XLogPageHeaderData and XLogLongPageHeaderData (access/xlog_internal.h) and XLogRecord
+//! (access/xlogrecord.h), the same in every supported major; little-endian machines only, as the format says.
+
+use super::{SegmentName, SegmentSize};
+use crate::error::{Error, Result};
+use crate::model::{Lsn, SystemId, Timeline, Timestamp};
+
+/// `XLOG_BLCKSZ`; other values are a build option nobody ships, and are refused by [`SegmentHeader::parse`].
+const PAGE: usize = 8192;
+const SHORT_HEADER: usize = 24;
+const LONG_HEADER: usize = 40;
+const RECORD_HEADER: usize = 24;
+
+const FIRST_IS_CONTRECORD: u16 = 0x1;
+const HAS_LONG_HEADER: u16 = 0x2;
+/// The record that ran into this page was never finished; reading goes on with the first one that starts here.
+const FIRST_IS_OVERWRITE_CONTRECORD: u16 = 0x8;
+
+const RM_XLOG: u8 = 0;
+const RM_XACT: u8 = 1;
+const XLOG_SWITCH: u8 = 0x40;
+const XLOG_RESTORE_POINT: u8 = 0x70;
+const XACT_OPERATION: u8 = 0x70;
+const XACT_COMMIT: u8 = 0x00;
+const XACT_ABORT: u8 = 0x20;
+const XACT_COMMIT_PREPARED: u8 = 0x30;
+const XACT_ABORT_PREPARED: u8 = 0x40;
+
+/// What the first page of a segment says of itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SegmentHeader {
+    pub timeline: Timeline,
+    pub start: Lsn,
+    pub system_id: SystemId,
+    pub segment_size: SegmentSize,
+}
+
+impl SegmentHeader {
+    /// Reads the long page header that every segment starts with.
+    pub fn parse(bytes: &[u8]) -> Result<SegmentHeader> {
+        let bad = |why: &str| Error::damaged(format!("not a WAL segment: {why}"));
+        if bytes.len() < LONG_HEADER {
+            return Err(bad("shorter than a page header"));
+        }
+        let page = PageHeader::parse(bytes);
+        if page.magic >> 8 != 0xD1 || page.info & HAS_LONG_HEADER == 0 {
+            return Err(bad("it does not start with a long WAL page header"));
+        }
+        if u32_at(bytes, 36) as usize != PAGE {
+            return Err(bad("its WAL block size is not 8192 bytes"));
+        }
+        let segment_size = SegmentSize::try_from(u64::from(u32_at(bytes, 32))).map_err(|e| bad(&e.to_string()))?;
+        Ok(SegmentHeader {
+            timeline: Timeline(page.timeline),
+            start: Lsn(page.address),
+            system_id: SystemId(u64_at(bytes, 24)),
+            segment_size,
+        })
+    }
+}
+
+/// A named restore point (`pg_create_restore_point`) and the position recovery stops at for it.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct RestorePoint {
+    pub name: String,
+    pub lsn: Lsn,
+    pub at: Timestamp,
+}
+
+/// What happened in a segment: enough to tell whether a recovery target lies in it.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct SegmentFacts {
+    /// End of the last record that ends in this segment; zero when none does.
+    pub last_record_end: Lsn,
+    /// Times of the first and last commit or abort, and the lowest and highest transaction that ended here.
+    pub first_commit: Option<Timestamp>,
+    pub last_commit: Option<Timestamp>,
+    pub lowest_xid: Option<u32>,
+    pub highest_xid: Option<u32>,
+    pub restore_points: Vec<RestorePoint>,
+    pub records: u64,
+}
+
+/// At most this many restore points of one segment are listed; a segment full of them must not make a huge header.
+const RESTORE_POINTS_MAX: usize = 64;
+
+/// Checks a whole segment against its name and reads its records.
+///
+/// Every page must carry the address its place demands, every record that lies whole in the segment its CRC. What
+/// runs over the edges (the end of a record begun before, the start of one that goes on) cannot be checked here.
+pub fn scan_segment(name: SegmentName, bytes: &[u8]) -> Result<(SegmentHeader, SegmentFacts)> {
+    let header = SegmentHeader::parse(bytes).map_err(|e| e.context(name))?;
+    let damaged = |why: String| Error::damaged(format!("{name} is not the WAL its name says: {why}"));
+    if bytes.len() as u64 != header.segment_size.bytes() {
+        return Err(damaged(format!(
+            "{} bytes long, its header says {}",
+            bytes.len(),
+            header.segment_size.bytes()
+        )));
+    }
+    if name.start(header.segment_size) != Some(header.start) {
+        return Err(damaged(format!("its first page is that of {}", header.start)));
+    }
+    // A segment that a promotion began holds pages copied from the timeline before.
+    if header.timeline > name.timeline {
+        return Err(damaged(format!("its first page belongs to timeline {}", header.timeline)));
+    }
+    let mut scan = Scan { bytes, header, timeline: name.timeline, facts: SegmentFacts::default() };
+    scan.run().map_err(|(offset, why)| damaged(format!("at {}: {why}", Lsn(header.start.0 + offset as u64))))?;
+    Ok((header, scan.facts))
+}
+
+struct PageHeader {
+    magic: u16,
+    info: u16,
+    timeline: u32,
+    address: u64,
+    remaining: u32,
+}
+
+impl PageHeader {
+    fn parse(bytes: &[u8]) -> PageHeader {
+        PageHeader {
+            magic: u16_at(bytes, 0),
+            info: u16_at(bytes, 2),
+            timeline: u32_at(bytes, 4),
+            address: u64_at(bytes, 8),
+            remaining: u32_at(bytes, 16),
+        }
+    }
+
+    fn length(&self) -> usize {
+        if self.info & HAS_LONG_HEADER != 0 { LONG_HEADER } else { SHORT_HEADER }
+    }
+}
+
+/// Where a broken record was found and why it is broken.
+type Broken = (usize, String);
+
+enum Step {
+    Next(usize),
+    /// The record goes on in the next segment, or the rest of this one is unused after a switch.
+    End,
+}
+
+struct Scan<'a> {
+    bytes: &'a [u8],
+    header: SegmentHeader,
+    timeline: Timeline,
+    facts: SegmentFacts,
+}
+
+impl Scan<'_> {
+    fn run(&mut self) -> Result<(), Broken> {
+        let first = self.page(0)?;
+        let mut at = match first.info & FIRST_IS_CONTRECORD {
+            0 => first.length(),
+            _ => match self.skip(first.length(), first.remaining as usize)? {
+                Some(end) => align(end),
+                None => return Ok(()),
+            },
+        };
+        loop {
+            if at >= self.bytes.len() {
+                return Ok(());
+            }
+            if at.is_multiple_of(PAGE) {
+                at += self.page(at)?.length();
+            }
+            match self.record(at)? {
+                Step::Next(next) => at = next,
+                Step::End => return Ok(()),
+            }
+        }
+    }
+
+    fn page(&self, offset: usize) -> Result<PageHeader, Broken> {
+        let page = PageHeader::parse(&self.bytes[offset..]);
+        let expected = self.header.start.0 + offset as u64;
+        if page.magic >> 8 != 0xD1 || page.address != expected {
+            return Err((offset, "no page of this segment is there".to_owned()));
+        }
+        if page.timeline > self.timeline.0 || page.timeline < self.header.timeline.0 {
+            return Err((offset, format!("the page belongs to timeline {}", page.timeline)));
+        }
+        Ok(page)
+    }
+
+    /// Passes over `count` bytes of record data that start at `at`, page headers not counted; `None` past the end.
+    fn skip(&self, mut at: usize, mut count: usize) -> Result<Option<usize>, Broken> {
+        while count > 0 {
+            if at >= self.bytes.len() {
+                return Ok(None);
+            }
+            if at.is_multiple_of(PAGE) {
+                at += self.page(at)?.length();
+            }
+            let step = count.min(PAGE - at % PAGE);
+            at += step;
+            count -= step;
+        }
+        Ok(Some(at))
+    }
+
+    fn record(&mut self, at: usize) -> Result<Step, Broken> {
+        let total = u32_at(self.bytes, at) as usize;
+        if total < RECORD_HEADER {
+            return Err((at, format!("a record of {total} bytes")));
+        }
+        // Enough for the header and the start of the data of the records we look into.
+        let mut head = [0u8; 128];
+        let mut crc = 0;
+        let mut done = 0;
+        let mut from = at;
+        while done < total {
+            if from >= self.bytes.len() {
+                return Ok(Step::End);
+            }
+            if from.is_multiple_of(PAGE) {
+                let page = self.page(from)?;
+                if page.info & FIRST_IS_OVERWRITE_CONTRECORD != 0 {
+                    return Ok(Step::Next(from + page.length()));
+                }
+                if page.info & FIRST_IS_CONTRECORD == 0 || page.remaining as usize != total - done {
+                    return Err((from, "the page does not continue the record before it".to_owned()));
+                }
+                from += page.length();
+            }
+            let step = (total - done).min(PAGE - from % PAGE);
+            let piece = &self.bytes[from..from + step];
+            if done < head.len() {
+                let take = step.min(head.len() - done);
+                head[done..done + take].copy_from_slice(&piece[..take]);
+            }
+            // The checksum covers the data first, then the header before the checksum field.
+            let data = &piece[RECORD_HEADER.saturating_sub(done).min(step)..];
+            crc = crc32c::crc32c_append(crc, data);
+            from += step;
+            done += step;
+        }
+        if crc32c::crc32c_append(crc, &head[..20]) != u32_at(&head, 20) {
+            return Err((at, "the record's checksum does not hold".to_owned()));
+        }
+        let next = align(from);
+        let is_switch = self.learn(&head[..total.min(head.len())], from);
+        Ok(if is_switch { Step::End } else { Step::Next(next) })
+    }
+
+    /// Notes what a record tells; true for the switch record, after which a segment is empty.
+    fn learn(&mut self, head: &[u8], end: usize) -> bool {
+        self.facts.records += 1;
+        let end_lsn = Lsn(self.header.start.0 + align(end) as u64);
+        self.facts.last_record_end = end_lsn;
+        let (xid, info, manager) = (u32_at(head, 4), head[16], head[17]);
+        match (manager, info) {
+            (RM_XLOG, XLOG_SWITCH) => return true,
+            (RM_XLOG, XLOG_RESTORE_POINT) => self.learn_restore_point(head, end_lsn),
+            (RM_XACT, _) => self.learn_transaction(head, xid, info & XACT_OPERATION),
+            _ => (),
+        }
+        false
+    }
+
+    fn learn_transaction(&mut self, head: &[u8], xid: u32, operation: u8) {
+        if !matches!(operation, XACT_COMMIT | XACT_ABORT | XACT_COMMIT_PREPARED | XACT_ABORT_PREPARED) {
+            return;
+        }
+        let Some(data) = main_data(head).filter(|data| data.len() >= 8) else { return };
+        let time = Timestamp::from_postgres(u64_at(data, 0) as i64);
+        let facts = &mut self.facts;
+        // Commit times follow the machine's clock and may step back a little: keep the extremes.
+        facts.first_commit = Some(facts.first_commit.map_or(time, |t| t.min(time)));
+        facts.last_commit = Some(facts.last_commit.map_or(time, |t| t.max(time)));
+        if xid != 0 {
+            facts.lowest_xid = Some(facts.lowest_xid.map_or(xid, |x| x.min(xid)));
+            facts.highest_xid = Some(facts.highest_xid.map_or(xid, |x| x.max(xid)));
+        }
+    }
+
+    fn learn_restore_point(&mut self, head: &[u8], lsn: Lsn) {
+        let Some(data) = main_data(head).filter(|data| data.len() > 8) else { return };
+        let name: Vec<u8> = data[8..].iter().copied().take_while(|byte| *byte != 0).collect();
+        if self.facts.restore_points.len() < RESTORE_POINTS_MAX {
+            self.facts.restore_points.push(RestorePoint {
+                name: String::from_utf8_lossy(&name).into_owned(),
+                lsn,
+                at: Timestamp::from_postgres(u64_at(data, 0) as i64),
+            });
+        }
+    }
+}
+
+/// The main data of a record without block references: after the optional origin (253) and top-level transaction (252).
+fn main_data(head: &[u8]) -> Option<&[u8]> {
+    let mut at = RECORD_HEADER;
+    loop {
+        at = match *head.get(at)? {
+            255 => return head.get(at + 2..),
+            254 => return head.get(at + 5..),
+            253 => at + 3,
+            252 => at + 5,
+            _ => return None,
+        };
+    }
+}
+
+fn align(offset: usize) -> usize {
+    offset.next_multiple_of(8)
+}
+
+fn u16_at(bytes: &[u8], at: usize) -> u16 {
+    bytes.get(at..at + 2).and_then(|b| b.try_into().ok()).map_or(0, u16::from_le_bytes)
+}
+
+fn u32_at(bytes: &[u8], at: usize) -> u32 {
+    bytes.get(at..at + 4).and_then(|b| b.try_into().ok()).map_or(0, u32::from_le_bytes)
+}
+
+fn u64_at(bytes: &[u8], at: usize) -> u64 {
+    bytes.get(at..at + 8).and_then(|b| b.try_into().ok()).map_or(0, u64::from_le_bytes)
+}
