@@ -14,4 +14,16 @@ pub mod storage;
 pub mod wal;
 
 // L2: the bucket and the server, typed; they do not know each other
+pub mod postgres;
 pub mod repository;
+
+// L3: operations, each a plan and its execution; they do not know each other
+pub mod archive;
+pub mod backup;
+pub mod restore;
+
+// L4: a machine's life
+pub mod run;
+
+// L5: the command line
+pub mod cli;

@@ -25,6 +25,12 @@ pub fn durable_write(path: &Path, content: &[u8], mode: u32) -> Result<()> {
     durable_rename(&temporary, path)
 }
 
+/// Writes a note whose loss or damage is harmless: no syncing.
+#[allow(clippy::disallowed_methods, reason = "the one place for files that need not survive a crash")]
+pub fn write_note(path: &Path, content: &[u8]) -> Result<()> {
+    std::fs::write(path, content).on("write", path)
+}
+
 /// Renames within one filesystem and makes the new name durable. The content must have been synced before.
 #[allow(clippy::disallowed_methods, reason = "this is the crash-safe rename")]
 pub fn durable_rename(from: &Path, to: &Path) -> Result<()> {

@@ -24,6 +24,9 @@ pub const REGION: u64 = 1 << 20;
 /// Lines are gathered to about this many bytes before they become a frame.
 const LINES_FRAME: usize = 1 << 20;
 
+/// Heads read at once.
+const PARALLEL: usize = 16;
+
 /// Largest frame of lines a reader accepts.
 const LINES_FRAME_MAX: u64 = 64 << 20;
 
@@ -234,8 +237,8 @@ impl Repository {
 
     /// The heads of all backups, in order of position.
     pub async fn backups(&self) -> Result<Vec<BackupHead>> {
-        let ids = self.backup_ids().await?;
-        futures::stream::iter(ids).map(|id| self.backup_head(id)).buffered(16).try_collect().await
+        let reads: Vec<_> = self.backup_ids().await?.into_iter().map(|id| self.backup_head(id)).collect();
+        futures::stream::iter(reads).buffered(PARALLEL).try_collect().await
     }
 
     pub async fn backup_head(&self, backup: BackupId) -> Result<BackupHead> {

@@ -14,6 +14,7 @@ pub mod pack;
 pub mod reach;
 mod wal_index;
 mod wal_object;
+mod writer;
 
 use std::sync::Arc;
 
@@ -25,7 +26,8 @@ pub use codec::Codec;
 pub use descriptor::Descriptor;
 pub use generation::{Claim, Lineage, NewWriter};
 pub use wal_index::{WalIndex, WalPlace};
-pub use wal_object::{Put, WalHead, WalObject};
+pub use wal_object::{FRAME, Plain, Put, WalHead, WalObject};
+pub use writer::Writer;
 
 /// An opened repository: a store and the descriptor that says what is in it.
 #[derive(Debug, Clone)]

@@ -2,12 +2,16 @@
 
 use std::collections::BTreeMap;
 
-use futures::TryStreamExt;
+use futures::{StreamExt, TryStreamExt};
 
 use super::{Lineage, Repository, layout};
 use crate::error::Result;
 use crate::model::{Generation, Timeline};
+use crate::storage::Entry;
 use crate::wal::{History, SegmentName, SegmentSize, WalFileName};
+
+/// Generations listed at once.
+const PARALLEL: usize = 8;
 
 /// Where an archived file is kept.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -85,13 +89,9 @@ impl Repository {
     pub async fn wal_index(&self, lineage: &Lineage) -> Result<WalIndex> {
         let mut index = WalIndex::default();
         let mut histories: Vec<(Generation, Timeline)> = Vec::new();
-        let listings = lineage.claims().iter().map(|claim| async move {
-            let prefix = layout::wal_dir(claim.generation);
-            let entries: Vec<_> = self.store.list(&prefix, None).try_collect().await?;
-            Ok::<_, crate::error::Error>((claim, entries))
-        });
-        let listings: Vec<_> = futures::stream::StreamExt::buffered(futures::stream::iter(listings), 8).try_collect().await?;
-        for (claim, entries) in listings {
+        let listings: Vec<_> = lineage.claims().iter().map(|claim| self.wal_entries(claim.generation)).collect();
+        let listings: Vec<_> = futures::stream::iter(listings).buffered(PARALLEL).try_collect().await?;
+        for (claim, entries) in lineage.claims().iter().zip(listings) {
             for entry in entries {
                 let Some((generation, name)) = layout::parse_wal_file(&entry.key) else { continue };
                 match name {
@@ -109,6 +109,10 @@ impl Repository {
             index.add_history(self.timeline_history(generation, timeline).await?);
         }
         Ok(index)
+    }
+
+    async fn wal_entries(&self, generation: Generation) -> Result<Vec<Entry>> {
+        self.store.list(&layout::wal_dir(generation), None).try_collect().await
     }
 
     /// A history file that is known to be there.

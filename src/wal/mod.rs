@@ -9,4 +9,4 @@ mod scan;
 
 pub use history::{History, Switch};
 pub use name::{SegmentName, SegmentSize, WalFileName};
-pub use scan::{RestorePoint, SegmentFacts, SegmentHeader, scan_segment};
+pub use scan::{RestorePoint, SegmentFacts, SegmentHeader, find_transaction_end, scan_segment};

@@ -107,9 +107,19 @@ pub fn scan_segment(name: SegmentName, bytes: &[u8]) -> Result<(SegmentHeader, S
     if header.timeline > name.timeline {
         return Err(damaged(format!("its first page belongs to timeline {}", header.timeline)));
     }
-    let mut scan = Scan { bytes, header, timeline: name.timeline, facts: SegmentFacts::default() };
+    let mut scan = Scan { bytes, header, timeline: name.timeline, facts: SegmentFacts::default(), sought: None, found: None };
     scan.run().map_err(|(offset, why)| damaged(format!("at {}: {why}", Lsn(header.start.0 + offset as u64))))?;
     Ok((header, scan.facts))
+}
+
+/// The end of the record that ended transaction `xid`, if it is in this segment. `scan_segment` has accepted the bytes
+/// when they were stored.
+pub fn find_transaction_end(name: SegmentName, bytes: &[u8], xid: u32) -> Result<Option<Lsn>> {
+    let header = SegmentHeader::parse(bytes).map_err(|e| e.context(name))?;
+    let facts = SegmentFacts::default();
+    let mut scan = Scan { bytes, header, timeline: name.timeline, facts, sought: Some(xid), found: None };
+    scan.run().map_err(|(offset, why)| Error::damaged(format!("{name} at byte {offset}: {why}")))?;
+    Ok(scan.found)
 }
 
 struct PageHeader {
@@ -150,6 +160,9 @@ struct Scan<'a> {
     header: SegmentHeader,
     timeline: Timeline,
     facts: SegmentFacts,
+    /// A transaction whose end is looked for, and where it was found.
+    sought: Option<u32>,
+    found: Option<Lsn>,
 }
 
 impl Scan<'_> {
@@ -257,13 +270,13 @@ impl Scan<'_> {
         match (manager, info) {
             (RM_XLOG, XLOG_SWITCH) => return true,
             (RM_XLOG, XLOG_RESTORE_POINT) => self.learn_restore_point(head, end_lsn),
-            (RM_XACT, _) => self.learn_transaction(head, xid, info & XACT_OPERATION),
+            (RM_XACT, _) => self.learn_transaction(head, xid, info & XACT_OPERATION, end_lsn),
             _ => (),
         }
         false
     }
 
-    fn learn_transaction(&mut self, head: &[u8], xid: u32, operation: u8) {
+    fn learn_transaction(&mut self, head: &[u8], xid: u32, operation: u8, end: Lsn) {
         if !matches!(operation, XACT_COMMIT | XACT_ABORT | XACT_COMMIT_PREPARED | XACT_ABORT_PREPARED) {
             return;
         }
@@ -273,6 +286,9 @@ impl Scan<'_> {
         // Commit times follow the machine's clock and may step back a little: keep the extremes.
         facts.first_commit = Some(facts.first_commit.map_or(time, |t| t.min(time)));
         facts.last_commit = Some(facts.last_commit.map_or(time, |t| t.max(time)));
+        if xid != 0 && self.sought == Some(xid) {
+            self.found = Some(end);
+        }
         if xid != 0 {
             facts.lowest_xid = Some(facts.lowest_xid.map_or(xid, |x| x.min(xid)));
             facts.highest_xid = Some(facts.highest_xid.map_or(xid, |x| x.max(xid)));

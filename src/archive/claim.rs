@@ -1,0 +1,91 @@
+//! The generation a server archives under when `perennial run` does not supervise it: claimed by its first push.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use crate::clock::Clock;
+use crate::disk;
+use crate::error::{Error, IoContext, Result};
+use crate::events::{Event, Events};
+use crate::model::Generation;
+use crate::postgres::control_file::State;
+use crate::postgres::data_dir::OWN_DIR;
+use crate::postgres::{ControlFile, version_of};
+use crate::repository::{NewWriter, Repository, Writer};
+use crate::storage::Store;
+
+/// Where `wal fetch` notes which generation a directory was recovered from; the next claim takes it as its parent.
+const ORIGIN: &str = "origin";
+
+/// Attempts to claim when others claim at the same time.
+const CLAIM_ATTEMPTS: u32 = 5;
+
+/// The writer of this data directory: as noted, or claimed now.
+pub async fn ensure_writer(store: Arc<dyn Store>, data_dir: &Path, host: &str, clock: &Clock, events: &Events) -> Result<Writer> {
+    let own_dir = data_dir.join(OWN_DIR);
+    let noted = Writer::load(&own_dir)?;
+    let address = store.url("").trim_end_matches('/').to_owned();
+    if let Some(writer) = noted.clone().filter(|writer| writer.address == address) {
+        return Ok(writer);
+    }
+    let repository = Repository::open(store, clock).await?;
+    let writer = match noted.filter(|writer| writer.descriptor.repository_id == repository.descriptor().repository_id) {
+        // The same repository under another address: it was moved.
+        Some(writer) => Writer { address, ..writer },
+        None => claim(&repository, data_dir, host, events).await?,
+    };
+    writer.save(&own_dir)?;
+    Ok(writer)
+}
+
+async fn claim(repository: &Repository, data_dir: &Path, host: &str, events: &Events) -> Result<Writer> {
+    let version = version_of(data_dir)?;
+    let control = ControlFile::read(data_dir, version)?;
+    if matches!(control.state, State::InArchiveRecovery | State::ShutDownInRecovery) {
+        return Err(Error::refused(format!("{} is a standby: only the primary opens a generation", data_dir.display()))
+            .hint("set archive_mode = on (not always) on the standby"));
+    }
+    let new = NewWriter { system_id: control.system_id, pg_major: version.major, segment_size: control.segment_size, host: host.to_owned() };
+    let origin = read_origin(&data_dir.join(OWN_DIR))?;
+    for _ in 0..CLAIM_ATTEMPTS {
+        let newest = repository.newest_generation().await?;
+        if let Some(newest) = newest {
+            let holder = repository.claim(newest).await?;
+            if holder.system_id != control.system_id {
+                return Err(Error::refused(format!(
+                    "{} belongs to another cluster: system identifier {} there, {} here",
+                    repository.address(),
+                    holder.system_id,
+                    control.system_id
+                ))
+                .hint("give each cluster a repository of its own"));
+            }
+        }
+        let parent = origin.or(newest);
+        if let Some(claim) = repository.try_claim(newest, parent, &new).await? {
+            events.emit(Event::GenerationClaimed { generation: claim.generation, parent: claim.parent });
+            return Ok(Writer::new(repository, claim));
+        }
+    }
+    Err(Error::refused(format!("{}: several servers claim generations at once", repository.address()))
+        .hint("make sure that only one server archives into this repository"))
+}
+
+/// Notes where a directory's recovery takes its WAL from.
+pub fn note_origin(own_dir: &Path, generation: Generation) -> Result<()> {
+    if read_origin(own_dir)? == Some(generation) {
+        return Ok(());
+    }
+    disk::create_dir(own_dir, 0o700)?;
+    disk::durable_write(&own_dir.join(ORIGIN), generation.padded().as_bytes(), 0o600)
+}
+
+pub fn read_origin(own_dir: &Path) -> Result<Option<Generation>> {
+    let path = own_dir.join(ORIGIN);
+    let Some(bytes) = disk::read_if_there(&path)? else { return Ok(None) };
+    let text = String::from_utf8_lossy(&bytes);
+    Generation::from_padded(text.trim())
+        .map(Some)
+        .ok_or_else(|| std::io::Error::other("it is not a generation"))
+        .on("read", &path)
+}

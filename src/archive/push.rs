@@ -1,0 +1,125 @@
+//! `archive_command`: one WAL file into the repository, success only once the store has it.
+//!
+//! A segment is checked (its place, its pages, its records, its cluster) while it is being compressed, and takes one
+//! request. Segments after it that are ready too go along, so that a backlog is not worked off one round trip at a time.
+
+use std::path::{Path, PathBuf};
+
+use bytes::Bytes;
+
+use super::pushed;
+use crate::error::{Error, IoContext, Result};
+use crate::events::{Event, Events};
+use crate::model::WriteId;
+use crate::postgres::data_dir::OWN_DIR;
+use crate::repository::codec::Sha256;
+use crate::repository::{FRAME, Plain, Put, Repository, WalObject, Writer};
+use crate::wal::{SegmentHeader, SegmentName, WalFileName, scan_segment};
+
+/// Bytes of segments pushed at once, and how many at most: the memory budget is twice this (file and frames).
+const AT_ONCE: u64 = 48 << 20;
+const NEIGHBOURS_MAX: u64 = 3;
+
+/// Pushes one file for the writer.
+#[derive(Debug, Clone)]
+pub struct Pusher {
+    pub repository: Repository,
+    pub writer: Writer,
+    pub data_dir: PathBuf,
+    pub events: Events,
+}
+
+/// The name a path in `pg_wal` stands for.
+pub fn name_of(path: &Path) -> Result<WalFileName> {
+    let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+    name.parse().map_err(|e| Error::from(e).hint("archive_command is called with the path of a WAL file: perennial wal push \"%p\""))
+}
+
+impl Pusher {
+    /// Pushes the file at `path`, and its neighbours that are ready.
+    pub async fn push(&self, path: &Path) -> Result<()> {
+        let WalFileName::Segment(name) = name_of(path)? else { return self.push_one(path).await };
+        if pushed::take(&self.own_dir(), name, path, self.writer.claim.generation)? {
+            return Ok(());
+        }
+        let neighbours = self.ready_neighbours(path, name);
+        let others = neighbours.iter().map(|(name, path)| async move {
+            // A neighbour that fails is PostgreSQL's next call, which will say why.
+            if self.push_one(path).await.is_ok() {
+                let _ = pushed::mark(&self.own_dir(), *name, path, self.writer.claim.generation);
+            }
+        });
+        let (outcome, _) = tokio::join!(self.push_one(path), futures::future::join_all(others));
+        outcome
+    }
+
+    fn own_dir(&self) -> PathBuf {
+        self.data_dir.join(OWN_DIR)
+    }
+
+    /// The segments right after this one that PostgreSQL has marked ready and that were not pushed yet.
+    fn ready_neighbours(&self, path: &Path, name: SegmentName) -> Vec<(SegmentName, PathBuf)> {
+        let size = self.writer.claim.segment_size;
+        let (Some(directory), Some(number)) = (path.parent(), name.number(size)) else { return Vec::new() };
+        let room = (AT_ONCE / size.bytes()).saturating_sub(1).min(NEIGHBOURS_MAX);
+        (number + 1..=number + room)
+            .map(|number| SegmentName::new(name.timeline, number, size))
+            .take_while(|name| directory.join(format!("archive_status/{name}.ready")).is_file())
+            .filter(|name| !pushed::is_marked(&self.own_dir(), *name))
+            .map(|name| (name, directory.join(name.to_string())))
+            .collect()
+    }
+
+    async fn push_one(&self, path: &Path) -> Result<()> {
+        let name = name_of(path)?;
+        let source = path.to_owned();
+        let content = blocking(move || std::fs::read(&source).on("read", &source)).await?;
+        let object = self.object(name, Bytes::from(content)).await?;
+        let put = self.repository.put_wal(self.writer.claim.generation, &object).await?;
+        if put == Put::Stored {
+            self.events.emit(Event::SegmentPushed { name: name.to_string(), stored: object.stored_size() });
+        }
+        Ok(())
+    }
+
+    async fn object(&self, name: WalFileName, content: Bytes) -> Result<WalObject> {
+        let clock = self.repository.clock();
+        let identity = (WriteId(clock.random()), clock.now());
+        let (codec, system_id) = (self.repository.descriptor().codec, self.writer.claim.system_id);
+        if matches!(name, WalFileName::History(_) | WalFileName::Backup(..)) {
+            return WalObject::small(name, system_id, &content, codec, identity);
+        }
+        let whole = content.clone();
+        let learn = tokio::task::spawn_blocking(move || (learn(name, &whole), Sha256::of(&whole)));
+        let frames: Vec<_> = (0..content.len().div_ceil(FRAME))
+            .map(|index| content.slice(index * FRAME..((index + 1) * FRAME).min(content.len())))
+            .map(|part| blocking(move || codec.compress(&part)))
+            .collect();
+        let (learned, frames) = tokio::join!(learn, futures::future::try_join_all(frames));
+        let (learned, sha256) = learned.map_err(|e| Error::internal("a checking thread ended").source(e))?;
+        let (header, facts) = learned?;
+        if header.system_id != system_id {
+            return Err(Error::refused(format!(
+                "{name} belongs to system {}, this writer's generation {} to system {system_id}",
+                header.system_id, self.writer.claim.generation
+            ))
+            .hint("this WAL is from another cluster: archive it to a repository of its own"));
+        }
+        let plain = Plain { size: content.len() as u64, sha256, facts };
+        WalObject::assemble(name, system_id, plain, frames?, identity)
+    }
+}
+
+/// Checks a segment. Of a partial one only the head can be: after its end lies what the file held before.
+fn learn(name: WalFileName, content: &[u8]) -> Result<(SegmentHeader, Option<crate::wal::SegmentFacts>)> {
+    match name {
+        WalFileName::Segment(name) => scan_segment(name, content).map(|(header, facts)| (header, Some(facts))).map_err(|e| {
+            e.hint("the local file is not what PostgreSQL wrote; it was not stored. Check the disk; a new base backup (`perennial backup`) starts a sound history")
+        }),
+        _ => SegmentHeader::parse(content).map(|header| (header, None)).map_err(|e| e.context(name)),
+    }
+}
+
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+    tokio::task::spawn_blocking(work).await.map_err(|e| Error::internal("a thread ended").source(e))?
+}

@@ -1,0 +1,224 @@
+//! Online base backups: copy a running server's files, then make them a backup once their WAL has arrived too.
+//!
+//! Two states. *Uploaded*: every pack is in the bucket, nothing shows it. *Restorable*: all WAL from start to stop is
+//! there as well and was looked at; only then is the manifest put, and the backup exists. Whatever fails before leaves
+//! nothing visible.
+
+mod copy;
+mod region;
+mod wait;
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use crate::disk;
+use crate::error::{Error, IoContext, Result};
+use crate::events::{Event, Events, Level};
+use crate::model::{BackupId, Generation, Lsn, WriteId};
+use crate::postgres::client::{Server, Stopped, same_directory};
+use crate::postgres::data_dir::{self, FileItem, Item, Walk};
+use crate::postgres::{Client, ConnectOptions, ControlFile};
+use crate::repository::Repository;
+use crate::repository::codec::Sha256;
+use crate::repository::manifest::{BackupHead, Directory, Line, Link, ManifestWriter, REGION, Tablespace};
+
+use copy::Copied;
+
+/// Packs on their way at once. Memory budget of a backup: one pack being filled and these, 64 MB, plus
+/// [`copy::IN_FLIGHT`] regions of 1 MB and their compressed copies.
+pub const UPLOADS: usize = 3;
+
+#[derive(Debug, Clone)]
+pub struct Options {
+    pub data_dir: PathBuf,
+    pub connect: ConnectOptions,
+    /// The generation whose writer archives this server's WAL.
+    pub generation: Generation,
+    /// Checkpoint at once instead of spreading it (`fast` of `pg_backup_start`).
+    pub fast: bool,
+    /// Fail on a page whose checksum does not hold, instead of reporting it.
+    pub fail_on_damage: bool,
+    /// How long to wait for the backup's WAL to reach the repository.
+    pub wal_timeout: Duration,
+}
+
+/// A backup that is restorable.
+#[derive(Debug, Clone)]
+pub struct Done {
+    pub head: BackupHead,
+    pub elapsed: Duration,
+}
+
+/// Takes a base backup of the running server.
+pub async fn run(repository: &Repository, options: &Options, events: &Events) -> Result<Done> {
+    let began = repository.clock().monotonic();
+    let client = Client::connect(&options.connect, &options.data_dir).await?;
+    let server = client.server().await?;
+    check(&server, options)?;
+    let control = ControlFile::read(&options.data_dir, server.version)?;
+    if control.system_id != server.system_id {
+        return Err(Error::refused(format!(
+            "{} belongs to system {}, the server at this address is {}",
+            options.data_dir.display(),
+            control.system_id,
+            server.system_id
+        )));
+    }
+    let started_at = client.now().await?;
+    let start = client.start_backup(server.version, "perennial", options.fast).await?;
+    let nonce = u16::from_le_bytes(repository.clock().random());
+    let id = BackupId { generation: options.generation, start, nonce };
+
+    let outside = outside_files(&client, &options.data_dir).await?;
+    let walk = data_dir::walk(&options.data_dir, server.version, control.catalog_version)?;
+    announce(events, id, start, &walk);
+    let task = copy::Task { repository, id, start, server: &server, control: &control, data_dir: &options.data_dir };
+    let copied = copy::run(&task, &walk, &outside, events).await?;
+    let stopped = client.stop_backup(server.version).await?;
+    // The session must live until the stop: a backup ends with the session that began it.
+    drop(client);
+    report_damage(&copied, options, events)?;
+
+    let needed = wait::Needed { generation: options.generation, timeline: control.timeline, start, stop: stopped.lsn, size: control.segment_size, system_id: server.system_id };
+    wait::for_wal(repository, &needed, options.wal_timeout, events).await?;
+    let head = commit(repository, &task, &walk, copied, (started_at, stopped)).await?;
+    let elapsed = repository.clock().monotonic() - began;
+    events.emit(Event::BackupDone { id, read: head.bytes, stored: head.stored, elapsed });
+    Ok(Done { head, elapsed })
+}
+
+fn check(server: &Server, options: &Options) -> Result<()> {
+    if !same_directory(&server.data_directory, &options.data_dir)? {
+        return Err(Error::refused(format!(
+            "the server at this address runs in {}, not in {}",
+            server.data_directory.display(),
+            options.data_dir.display()
+        ))
+        .hint("name the right directory with -D, or the right server with PGHOST and PGPORT"));
+    }
+    if server.in_recovery {
+        return Err(Error::refused("the server is in recovery: base backups are taken from the primary"));
+    }
+    if !server.archiving {
+        return Err(Error::refused("archive_mode is off: without its WAL a backup cannot be restored")
+            .hint("start the server with `perennial run`, or set archive_mode = on and archive_command = 'perennial wal push \"%p\"'"));
+    }
+    Ok(())
+}
+
+fn announce(events: &Events, id: BackupId, start: Lsn, walk: &Walk) {
+    for what in &walk.left_out {
+        events.emit(Event::Note { level: Level::Warning, text: format!("left out of the backup: {what}") });
+    }
+    let (files, bytes) = walk.files().fold((0, 0), |(files, bytes), file| (files + 1, bytes + file.size));
+    events.emit(Event::BackupStarted { id, start, files, bytes });
+}
+
+/// Configuration files outside the data directory (Debian keeps them in /etc), saved beside the data.
+async fn outside_files(client: &Client, data_dir: &Path) -> Result<Vec<FileItem>> {
+    use std::os::unix::fs::MetadataExt;
+    let inside = std::fs::canonicalize(data_dir).on("resolve", data_dir)?;
+    let mut outside = Vec::new();
+    for path in client.configuration_files().await? {
+        let Ok(path) = std::fs::canonicalize(&path) else { continue };
+        let metadata = std::fs::metadata(&path).on("stat", &path)?;
+        let name = path.to_str().ok_or_else(|| Error::refused(format!("{}: the name is not UTF-8", path.display())))?;
+        if !path.starts_with(&inside) && metadata.is_file() {
+            outside.push(FileItem {
+                path: name.to_owned(),
+                source: path.clone(),
+                mode: metadata.mode() & 0o7777,
+                uid: metadata.uid(),
+                size: metadata.len(),
+                mtime: metadata.mtime(),
+                first_block: None,
+            });
+        }
+    }
+    Ok(outside)
+}
+
+fn report_damage(copied: &Copied, options: &Options, events: &Events) -> Result<()> {
+    for page in &copied.damaged {
+        events.emit(Event::PageDamaged { file: page.file.clone(), block: page.block });
+    }
+    let Some(first) = copied.damaged.first() else { return Ok(()) };
+    if options.fail_on_damage {
+        return Err(Error::damaged(format!(
+            "{} pages fail their checksum, the first is {} block {}",
+            copied.damaged_pages, first.file, first.block
+        ))
+        .hint("find what they hold with pg_amcheck; without --fail-on-damage the backup is taken and the pages are listed in it"));
+    }
+    let files: std::collections::BTreeSet<&str> = copied.damaged.iter().map(|page| page.file.as_str()).collect();
+    events.emit(Event::PagesDamaged { files: files.len() as u64, pages: copied.damaged_pages });
+    Ok(())
+}
+
+async fn commit(
+    repository: &Repository,
+    task: &copy::Task<'_>,
+    walk: &Walk,
+    copied: Copied,
+    (started_at, stopped): (crate::model::Timestamp, Stopped),
+) -> Result<BackupHead> {
+    let mut writer = ManifestWriter::new(repository.descriptor().codec);
+    copied.packs.iter().try_for_each(|pack| writer.add(&Line::Pack(*pack)))?;
+    for item in &walk.items {
+        if let Item::Dir { path, mode } = item {
+            writer.add(&Line::Dir(Directory { path: path.clone(), mode: *mode }))?;
+        }
+    }
+    let mut tablespaces = Vec::new();
+    for found in &walk.tablespaces {
+        let location = found.location.as_deref().map(|path| path.to_string_lossy().into_owned());
+        if let Some(target) = &location {
+            writer.add(&Line::Link(Link { path: format!("pg_tblspc/{}", found.oid), target: target.clone() }))?;
+        }
+        tablespaces.push(Tablespace { oid: found.oid, location });
+    }
+    let (mut files, mut bytes) = (0, 0);
+    for file in copied.files {
+        files += 1;
+        bytes += file.size;
+        writer.add(&Line::File(file))?;
+    }
+    let head = BackupHead {
+        format: String::new(),
+        write_id: WriteId(repository.clock().random()),
+        backup_id: task.id,
+        repository_id: repository.descriptor().repository_id,
+        system_id: task.control.system_id,
+        generation: task.id.generation,
+        timeline: task.control.timeline,
+        pg_major: task.server.version.major,
+        pg_version: task.server.version_text.clone(),
+        segment_size: task.control.segment_size,
+        region_size: REGION,
+        start_lsn: task.start,
+        stop_lsn: stopped.lsn,
+        started_at,
+        stopped_at: stopped.at,
+        next_xid: stopped.next_xid,
+        data_checksums: task.control.data_checksums,
+        backup_label: stopped.backup_label,
+        tablespace_map: stopped.tablespace_map,
+        tablespaces,
+        files,
+        bytes,
+        stored: copied.stored,
+        packs: copied.packs.len() as u64,
+        damaged: copied.damaged,
+        damaged_pages: copied.damaged_pages,
+        frames: Vec::new(),
+        frames_sha256: Sha256([0; 32]),
+    };
+    let body = writer.finish(head)?;
+    repository.put_manifest(task.id, &body).await?;
+    repository.backup_head(task.id).await
+}
+
+/// Whether a directory looks like one whose server is being backed up: used by `cli` for a clear message.
+pub fn is_data_dir(path: &Path) -> Result<bool> {
+    Ok(disk::read_if_there(&path.join("PG_VERSION"))?.is_some())
+}

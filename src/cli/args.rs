@@ -1,0 +1,261 @@
+//! The command line, defined once: parser, help, man pages, completions and reference come from here.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
+
+use crate::model::{BackupId, Generation, Lsn, Timeline, Timestamp, parse_duration};
+
+/// PostgreSQL on machines that can vanish: backup, WAL archive, restore and supervision on an object store.
+#[derive(Debug, Parser)]
+#[command(name = "perennial", version, max_term_width = 100, disable_help_subcommand = true)]
+pub struct Args {
+    #[command(flatten)]
+    pub global: Global,
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Debug, Clone, Default, ClapArgs)]
+pub struct Global {
+    /// Address of the repository: s3://bucket/prefix, gs://…, az://… or file:///directory
+    #[arg(long, global = true, value_name = "URL", env = "PERENNIAL_REPO")]
+    pub repo: Option<String>,
+    /// Configuration file (TOML) [default: /etc/perennial.toml if it exists]
+    #[arg(long, global = true, value_name = "FILE", env = "PERENNIAL_CONFIG")]
+    pub config: Option<PathBuf>,
+    /// Print results as JSON (docs/reference/json.md)
+    #[arg(long, global = true)]
+    pub json: bool,
+    /// Tell details too
+    #[arg(long, short, global = true, conflicts_with = "quiet")]
+    pub verbose: bool,
+    /// Tell only warnings and alarms
+    #[arg(long, short, global = true)]
+    pub quiet: bool,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Make a repository in an empty place, after checking that the store keeps its promises
+    Init(Init),
+    /// Bring the database back (or make it), start it, and keep the repository current
+    Run(Run),
+    /// Take a base backup of a running server
+    Backup(Backup),
+    /// Restore into a new directory: the newest state, or a point in the past
+    Restore(Restore),
+    /// Commands for archive_command and restore_command
+    #[command(subcommand)]
+    Wal(Wal),
+    /// Show backups, generations and what can be restored to
+    List,
+    /// Show how old the newest durable WAL is
+    Status(Status),
+    /// Watch a database survive its machine, in a temporary directory
+    Demo(Demo),
+    /// Print a shell's completions
+    #[command(hide = true)]
+    Completions { shell: clap_complete::Shell },
+    /// Write man pages into a directory
+    #[command(hide = true)]
+    Man { directory: PathBuf },
+}
+
+#[derive(Debug, ClapArgs)]
+pub struct Init {
+    /// Address of the repository; the same as --repo
+    pub url: Option<String>,
+    #[command(flatten)]
+    pub codec: CodecArgs,
+}
+
+#[derive(Debug, Clone, Default, ClapArgs)]
+pub struct CodecArgs {
+    /// zstd level (1 to 19) of everything written to a new repository [default: 3]
+    #[arg(long, value_name = "LEVEL")]
+    pub zstd_level: Option<i32>,
+}
+
+#[derive(Debug, ClapArgs)]
+pub struct Run {
+    /// Address of the repository; the same as --repo. Without any, EC2's instance metadata is asked
+    pub url: Option<String>,
+    /// Data directory
+    #[arg(short = 'D', long = "pgdata", value_name = "DIR", env = "PGDATA")]
+    pub data_dir: Option<PathBuf>,
+    /// Make a new cluster if the repository is proven new; restore otherwise
+    #[arg(long)]
+    pub init: bool,
+    /// Go on from a directory that was restored by hand or never supervised
+    #[arg(long)]
+    pub adopt: bool,
+    /// What may be lost when the machine vanishes: an upper bound on the age of WAL that is not in the repository
+    #[arg(long, value_name = "DURATION", value_parser = parse_duration, env = "PERENNIAL_RPO")]
+    pub rpo: Option<Duration>,
+    /// How long to wait for the first backup of a machine that has begun before this one
+    #[arg(long, value_name = "DURATION", value_parser = parse_duration, env = "PERENNIAL_TAKEOVER_AFTER")]
+    pub takeover_after: Option<Duration>,
+    /// How often to take a base backup
+    #[arg(long, value_name = "DURATION", value_parser = parse_duration, env = "PERENNIAL_BACKUP_EVERY")]
+    pub backup_every: Option<Duration>,
+    /// Directory of PostgreSQL's programs [default: found by the data directory's major version]
+    #[arg(long, value_name = "DIR", env = "PERENNIAL_PG_BINDIR")]
+    pub pg_bindir: Option<PathBuf>,
+    /// Options for initdb, with --init
+    #[arg(long, value_name = "OPTION", allow_hyphen_values = true)]
+    pub initdb_option: Vec<String>,
+    #[command(flatten)]
+    pub codec: CodecArgs,
+    /// Options for postgres
+    #[arg(last = true, value_name = "POSTGRES OPTIONS")]
+    pub postgres_options: Vec<String>,
+}
+
+#[derive(Debug, ClapArgs)]
+pub struct Backup {
+    /// Data directory of the running server; the connection comes from PGHOST, PGPORT, PGUSER … or is found there
+    #[arg(short = 'D', long = "pgdata", value_name = "DIR", env = "PGDATA")]
+    pub data_dir: Option<PathBuf>,
+    /// Spread the first checkpoint instead of hurrying it
+    #[arg(long)]
+    pub spread_checkpoint: bool,
+    /// Fail when a page's checksum does not hold, instead of reporting it
+    #[arg(long)]
+    pub fail_on_damage: bool,
+    /// How long to wait for the backup's WAL to reach the repository
+    #[arg(long, value_name = "DURATION", value_parser = parse_duration, default_value = "1h")]
+    pub wal_timeout: Duration,
+}
+
+#[derive(Debug, ClapArgs)]
+pub struct Restore {
+    /// New or empty directory to restore into
+    #[arg(short = 'D', long = "pgdata", value_name = "DIR", env = "PGDATA")]
+    pub data_dir: Option<PathBuf>,
+    /// Start from this backup [default: the newest that leads to the target]
+    #[arg(long, value_name = "ID")]
+    pub backup: Option<BackupId>,
+    #[command(flatten)]
+    pub target: TargetArgs,
+    /// Stop just before the target instead of just after it
+    #[arg(long)]
+    pub exclusive: bool,
+    /// What the server does once it has reached the target
+    #[arg(long, value_enum, default_value_t = ActionArg::Promote)]
+    pub action: ActionArg,
+    /// Newest generation of the history to follow [default: the repository's newest]
+    #[arg(long, value_name = "N")]
+    pub generation: Option<Generation>,
+    /// Timeline to follow [default: the history's newest]
+    #[arg(long, value_name = "N")]
+    pub timeline: Option<Timeline>,
+    /// Put a tablespace, named by its oid or former location, into another directory
+    #[arg(long, value_name = "OID|DIR=DIR")]
+    pub tablespace: Vec<String>,
+    /// Delete what is in the directory (and in those of tablespaces)
+    #[arg(long)]
+    pub force: bool,
+    /// Leave archive_mode as it was; the copy then takes over the repository when it is started
+    #[arg(long)]
+    pub keep_archiving: bool,
+    /// Say what would be restored, and write nothing
+    #[arg(long)]
+    pub dry_run: bool,
+}
+
+#[derive(Debug, Default, ClapArgs)]
+#[group(multiple = false)]
+pub struct TargetArgs {
+    /// Stop at a time, zone included: '2026-11-22 18:30:00+00'
+    #[arg(long, value_name = "TIME")]
+    pub to_time: Option<Timestamp>,
+    /// Stop at a position in WAL: A/4000028
+    #[arg(long, value_name = "LSN")]
+    pub to_lsn: Option<Lsn>,
+    /// Stop at the end of a transaction
+    #[arg(long, value_name = "XID")]
+    pub to_xid: Option<u32>,
+    /// Stop at a restore point made with pg_create_restore_point
+    #[arg(long, value_name = "NAME")]
+    pub to_name: Option<String>,
+    /// Stop as soon as the backup is consistent
+    #[arg(long)]
+    pub immediate: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum ActionArg {
+    Pause,
+    Promote,
+    Shutdown,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Wal {
+    /// Store one WAL file: archive_command = 'perennial wal push "%p"'
+    Push(WalPush),
+    /// Fetch one WAL file: restore_command = 'perennial wal fetch "%f" "%p"'
+    Fetch(WalFetch),
+    /// The process that fetches ahead for a recovering server; started by `wal fetch`
+    #[command(hide = true)]
+    Helper(WalHelper),
+}
+
+#[derive(Debug, ClapArgs)]
+pub struct WalPush {
+    /// Path of the file, %p of archive_command
+    pub path: PathBuf,
+}
+
+#[derive(Debug, ClapArgs)]
+pub struct WalFetch {
+    /// Name of the file, %f of restore_command
+    pub name: String,
+    /// Where to put it, %p of restore_command
+    pub path: PathBuf,
+    #[command(flatten)]
+    pub history: HistoryArgs,
+    /// Fetch only this file, nothing ahead
+    #[arg(long)]
+    pub no_prefetch: bool,
+}
+
+#[derive(Debug, Clone, Copy, ClapArgs)]
+pub struct HistoryArgs {
+    /// Newest generation of the history [default: the repository's newest]
+    #[arg(long, value_name = "N")]
+    pub generation: Option<Generation>,
+    /// Oldest generation that can have anything needed
+    #[arg(long, value_name = "N")]
+    pub oldest: Option<Generation>,
+    /// Timeline to follow [default: the history's newest]
+    #[arg(long, value_name = "N")]
+    pub timeline: Option<Timeline>,
+}
+
+#[derive(Debug, ClapArgs)]
+pub struct WalHelper {
+    #[arg(long)]
+    pub postmaster: i32,
+    #[command(flatten)]
+    pub history: HistoryArgs,
+}
+
+#[derive(Debug, ClapArgs)]
+pub struct Status {
+    /// Data directory: show what waits there too
+    #[arg(short = 'D', long = "pgdata", value_name = "DIR", env = "PGDATA")]
+    pub data_dir: Option<PathBuf>,
+}
+
+#[derive(Debug, ClapArgs)]
+pub struct Demo {
+    /// Directory of PostgreSQL's programs [default: the newest installed]
+    #[arg(long, value_name = "DIR", env = "PERENNIAL_PG_BINDIR")]
+    pub pg_bindir: Option<PathBuf>,
+    /// Keep the temporary directory, to look at the repository
+    #[arg(long)]
+    pub keep: bool,
+}

@@ -1,0 +1,43 @@
+//! `perennial backup`.
+
+use crate::archive::ensure_writer;
+use crate::backup;
+use crate::cli::setup::Setup;
+use crate::cli::{args, environment, identity, output};
+use crate::error::{Error, Result};
+use crate::model::human_bytes;
+use crate::storage::Policy;
+
+use super::wide;
+
+pub fn run(setup: &Setup, args: args::Backup) -> Result<i32> {
+    let data_dir = setup.data_dir(args.data_dir.clone())?;
+    if !backup::is_data_dir(&data_dir)? {
+        return Err(Error::not_found(format!("{} is not a PostgreSQL data directory: it has no PG_VERSION", data_dir.display())));
+    }
+    identity::drop_root(&data_dir)?;
+    wide(async {
+        let store = setup.store(&setup.location(None)?, Policy::default())?;
+        let writer = ensure_writer(store.clone(), &data_dir, &environment::host_name(), &setup.clock, &setup.events).await?;
+        let options = backup::Options {
+            data_dir,
+            connect: environment::connection(),
+            generation: writer.claim.generation,
+            fast: !args.spread_checkpoint,
+            fail_on_damage: args.fail_on_damage,
+            wal_timeout: args.wal_timeout,
+        };
+        let repository = writer.repository(store, &setup.clock);
+        let done = backup::run(&repository, &options, &setup.events).await?;
+        if setup.global.json {
+            output::json(&serde_json::json!({
+                "schema": "perennial/backup/1",
+                "backup": super::list::backup_json(&done.head),
+                "seconds": done.elapsed.as_secs_f64(),
+            }))?;
+        } else {
+            output::line(format!("{} {} stored as {}", done.head.backup_id, human_bytes(done.head.bytes), human_bytes(done.head.stored)));
+        }
+        Ok(0)
+    })
+}

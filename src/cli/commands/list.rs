@@ -1,0 +1,180 @@
+//! `perennial list`.
+
+use serde_json::{Value, json};
+
+use crate::cli::output;
+use crate::cli::setup::Setup;
+use crate::error::Result;
+use crate::model::{Generation, Timestamp, human_bytes};
+use crate::repository::manifest::BackupHead;
+use crate::repository::reach::Window;
+use crate::repository::{Claim, Lineage, Repository};
+use crate::restore::Reachable;
+use crate::wal::WalFileName;
+
+/// A window and what its last segment tells of time.
+struct Stretch {
+    window: Window,
+    last_commit: Option<Timestamp>,
+    last_push: Option<Timestamp>,
+}
+
+pub async fn run(setup: &Setup) -> Result<i32> {
+    let repository = setup.repository().await?;
+    let claims = repository.claims(repository.generations().await?).await?;
+    let backups = repository.backups().await?;
+    let mut stretches = Vec::new();
+    for tip in tips(&claims) {
+        stretches.extend(stretches_of(&repository, tip).await?);
+    }
+    if setup.global.json {
+        return tell_json(&repository, &claims, &backups, &stretches).map(|()| 0);
+    }
+    output::line(format!("repository {} ({})\n", repository.address(), repository.descriptor().repository_id));
+    tell_windows(&stretches);
+    tell_backups(&backups);
+    tell_generations(&claims);
+    Ok(0)
+}
+
+/// The generations no other has as its parent, newest first: each ends a history of its own.
+fn tips(claims: &[Claim]) -> Vec<Generation> {
+    let is_parent = |generation: Generation| claims.iter().any(|claim| claim.parent == Some(generation));
+    claims.iter().rev().map(|claim| claim.generation).filter(|generation| !is_parent(*generation)).collect()
+}
+
+async fn stretches_of(repository: &Repository, tip: Generation) -> Result<Vec<Stretch>> {
+    let lineage: Lineage = repository.lineage(tip, None).await?;
+    if repository.wal_index(&lineage).await?.newest_timeline().is_none() {
+        return Ok(Vec::new());
+    }
+    let reachable = Reachable::read(repository, Some(tip), None).await?;
+    let mut stretches = Vec::new();
+    for window in reachable.windows()? {
+        let head = match window.last.and_then(|name| Some((name, reachable.view().ok()?.locate(name.timeline, name.number(lineage.tip().segment_size)?)?))) {
+            Some((name, place)) => repository.wal_head(place.generation, WalFileName::Segment(name)).await?,
+            None => None,
+        };
+        stretches.push(Stretch {
+            last_commit: head.as_ref().and_then(|head| head.last_commit),
+            last_push: head.map(|head| head.pushed_at),
+            window,
+        });
+    }
+    Ok(stretches)
+}
+
+fn tell_windows(stretches: &[Stretch]) {
+    if stretches.is_empty() {
+        return output::line("nothing can be restored yet: no backup has become restorable\n");
+    }
+    output::line("can be restored to any point");
+    let rows: Vec<Vec<String>> = stretches
+        .iter()
+        .map(|stretch| {
+            let window = &stretch.window;
+            let end = stretch.last_commit.or(stretch.last_push).map_or(String::new(), Timestamp::short);
+            let missing = window.missing.map_or(String::new(), |name| format!("GAP: {name} is missing"));
+            vec![window.from_time.short(), end, window.from.to_string(), window.through.to_string(), window.generation.to_string(), window.timeline.to_string(), missing]
+        })
+        .collect();
+    output::table(&["FROM", "TO", "LSN", "LSN", "GENERATION", "TIMELINE", ""], &rows);
+    output::line("");
+}
+
+fn tell_backups(backups: &[BackupHead]) {
+    let rows: Vec<Vec<String>> = backups
+        .iter()
+        .map(|head| {
+            let damaged = if head.damaged_pages > 0 { format!("{} DAMAGED PAGES", head.damaged_pages) } else { String::new() };
+            vec![head.backup_id.to_string(), head.stopped_at.short(), human_bytes(head.bytes), human_bytes(head.stored), format!("PostgreSQL {}", head.pg_version.split(' ').next().unwrap_or_default()), damaged]
+        })
+        .collect();
+    output::table(&["BACKUP", "TAKEN", "SIZE", "STORED", "", ""], &rows);
+    output::line("");
+}
+
+fn tell_generations(claims: &[Claim]) {
+    let rows: Vec<Vec<String>> = claims
+        .iter()
+        .map(|claim| {
+            let parent = claim.parent.map_or("-".to_owned(), |parent| parent.to_string());
+            vec![claim.generation.to_string(), parent, claim.claimed_at.short(), claim.host.clone()]
+        })
+        .collect();
+    output::table(&["GENERATION", "PARENT", "STARTED", "BY"], &rows);
+}
+
+fn tell_json(repository: &Repository, claims: &[Claim], backups: &[BackupHead], stretches: &[Stretch]) -> Result<()> {
+    let windows: Vec<Value> = stretches
+        .iter()
+        .map(|stretch| {
+            let window = &stretch.window;
+            json!({
+                "generation": window.generation,
+                "timeline": window.timeline,
+                "from_lsn": window.from,
+                "from_time": window.from_time,
+                "through_lsn": window.through,
+                "last_commit": stretch.last_commit,
+                "last_push": stretch.last_push,
+                "oldest_backup": window.oldest_backup,
+                "newest_backup": window.newest_backup,
+                "missing_segment": window.missing.map(|name| name.to_string()),
+            })
+        })
+        .collect();
+    output::json(&json!({
+        "schema": "perennial/list/1",
+        "repository": repository.address(),
+        "repository_id": repository.descriptor().repository_id,
+        "windows": windows,
+        "backups": backups.iter().map(backup_json).collect::<Vec<_>>(),
+        "generations": claims,
+    }))
+}
+
+/// A backup as JSON reports show it.
+pub fn backup_json(head: &BackupHead) -> Value {
+    json!({
+        "id": head.backup_id,
+        "generation": head.generation,
+        "timeline": head.timeline,
+        "start_lsn": head.start_lsn,
+        "stop_lsn": head.stop_lsn,
+        "started_at": head.started_at,
+        "stopped_at": head.stopped_at,
+        "pg_version": head.pg_version,
+        "files": head.files,
+        "bytes": head.bytes,
+        "stored_bytes": head.stored,
+        "packs": head.packs,
+        "damaged_pages": head.damaged_pages,
+        "damaged": head.damaged,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::{SystemId, WriteId};
+    use crate::wal::SegmentSize;
+
+    #[test]
+    fn each_history_is_shown_once_by_its_newest_generation() {
+        let claim = |generation: u32, parent: Option<u32>| Claim {
+            kind: String::new(),
+            format: 1,
+            writer_id: WriteId([0; 16]),
+            generation: Generation(generation),
+            parent: parent.map(Generation),
+            system_id: SystemId(1),
+            pg_major: 15,
+            segment_size: SegmentSize::try_from(16 << 20).expect("16 MB"),
+            claimed_at: Timestamp::from_unix_micros(0),
+            host: String::new(),
+        };
+        let claims = [claim(1, None), claim(2, Some(1)), claim(3, Some(2)), claim(4, Some(1))];
+        assert_eq!(tips(&claims), [Generation(4), Generation(3)]);
+    }
+}

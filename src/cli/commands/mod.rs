@@ -1,0 +1,56 @@
+//! One file per command: settings in, an operation called, its result told.
+
+mod backup;
+mod demo;
+mod init;
+mod list;
+mod restore;
+mod run;
+mod status;
+mod wal;
+
+use std::future::Future;
+
+use clap::CommandFactory;
+
+use crate::error::{Error, IoContext, Result};
+
+use super::args::{Args, Command, Wal};
+use super::setup::Setup;
+
+/// Runs the command; its exit code.
+pub fn dispatch(args: Args) -> Result<i32> {
+    let setup = Setup::new(args.global)?;
+    match args.command {
+        Command::Init(args) => wide(init::run(&setup, args)),
+        Command::Run(args) => run::run(&setup, args),
+        Command::Backup(args) => backup::run(&setup, args),
+        Command::Restore(args) => restore::run(&setup, args),
+        Command::Wal(Wal::Push(args)) => narrow(wal::push(&setup, args)),
+        Command::Wal(Wal::Fetch(args)) => narrow(wal::fetch(&setup, args)),
+        Command::Wal(Wal::Helper(args)) => narrow(wal::helper(&setup, args)),
+        Command::List => wide(list::run(&setup)),
+        Command::Status(args) => wide(status::run(&setup, args)),
+        Command::Demo(args) => demo::run(&setup, args),
+        Command::Completions { shell } => {
+            clap_complete::generate(shell, &mut Args::command(), "perennial", &mut std::io::stdout());
+            Ok(0)
+        }
+        Command::Man { directory } => {
+            clap_mangen::generate_to(Args::command(), &directory).on("write man pages to", &directory)?;
+            Ok(0)
+        }
+    }
+}
+
+/// On a runtime with a thread for each processor.
+pub(super) fn wide<T>(work: impl Future<Output = Result<T>>) -> Result<T> {
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
+    runtime.map_err(|e| Error::local("could not start threads", e))?.block_on(work)
+}
+
+/// On this thread alone (and blocking ones as needed): for commands that PostgreSQL calls for every segment.
+fn narrow<T>(work: impl Future<Output = Result<T>>) -> Result<T> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    runtime.map_err(|e| Error::local("could not start threads", e))?.block_on(work)
+}

@@ -1,0 +1,91 @@
+//! `perennial restore`.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use crate::cli::args::{self, ActionArg, TargetArgs};
+use crate::cli::setup::{Setup, callback};
+use crate::cli::{identity, output};
+use crate::error::{Error, Result};
+use crate::restore::{self, Action, Target};
+
+use super::wide;
+
+pub fn run(setup: &Setup, args: args::Restore) -> Result<i32> {
+    let data_dir = setup.data_dir(args.data_dir.clone())?;
+    if !args.dry_run {
+        identity::drop_root(&data_dir)?;
+    }
+    wide(async {
+        let location = setup.location(None)?;
+        let options = restore::Options {
+            data_dir,
+            backup: args.backup,
+            target: target(args.target),
+            inclusive: !args.exclusive,
+            action: match args.action {
+                ActionArg::Pause => Action::Pause,
+                ActionArg::Promote => Action::Promote,
+                ActionArg::Shutdown => Action::Shutdown,
+            },
+            generation: args.generation,
+            timeline: args.timeline,
+            tablespace_map: tablespace_map(&args.tablespace)?,
+            force: args.force,
+            keep_archiving: args.keep_archiving,
+            fetch_command: callback(&setup.global, &location, "fetch")?,
+            writer: None,
+        };
+        let repository = setup.repository().await?;
+        let choice = match args.dry_run {
+            true => restore::choose(&repository, &options).await?,
+            false => restore::run(&repository, &options, &setup.events).await?.choice,
+        };
+        if setup.global.json {
+            return tell_json(&options, &choice, args.dry_run).map(|()| 0);
+        }
+        let verb = if args.dry_run { "would restore" } else { "restored" };
+        output::line(format!("{verb} backup {} to {}", choice.backup.backup_id, choice.describe()));
+        if !args.dry_run {
+            output::line(format!("start it: pg_ctl -D '{}' start", options.data_dir.display()));
+            if !options.keep_archiving {
+                output::line("archiving is off in this copy; to make it the database from now on: perennial run URL -D DIR --adopt");
+            }
+        }
+        Ok(0)
+    })
+}
+
+fn target(args: TargetArgs) -> Target {
+    match args {
+        TargetArgs { to_time: Some(time), .. } => Target::Time(time),
+        TargetArgs { to_lsn: Some(lsn), .. } => Target::Lsn(lsn),
+        TargetArgs { to_xid: Some(xid), .. } => Target::Xid(xid),
+        TargetArgs { to_name: Some(name), .. } => Target::Name(name),
+        TargetArgs { immediate: true, .. } => Target::Immediate,
+        _ => Target::Newest,
+    }
+}
+
+fn tablespace_map(pairs: &[String]) -> Result<BTreeMap<String, PathBuf>> {
+    pairs
+        .iter()
+        .map(|pair| match pair.rsplit_once('=') {
+            Some((from, to)) if !from.is_empty() && !to.is_empty() => Ok((from.to_owned(), PathBuf::from(to))),
+            _ => Err(Error::usage(format!("--tablespace '{pair}': expected OID=DIR or FORMER_DIR=DIR"))),
+        })
+        .collect()
+}
+
+fn tell_json(options: &restore::Options, choice: &restore::Choice, dry_run: bool) -> Result<()> {
+    output::json(&serde_json::json!({
+        "schema": "perennial/restore/1",
+        "dry_run": dry_run,
+        "directory": options.data_dir,
+        "backup": super::list::backup_json(&choice.backup),
+        "target": choice.located.target.to_string(),
+        "generation": choice.generation,
+        "timeline": choice.timeline,
+        "wal_through": choice.through,
+    }))
+}

@@ -1,0 +1,118 @@
+//! `perennial wal push` and `perennial wal fetch`, as PostgreSQL calls them: in the data directory, once per file.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use crate::archive::push::Pusher;
+use crate::archive::{FetchOptions, Fetched, Source, claim, ensure_writer, helper};
+use crate::cli::args::{self, HistoryArgs};
+use crate::cli::setup::Setup;
+use crate::cli::{environment, exit};
+use crate::error::{Error, IoContext, Result};
+use crate::postgres::PostmasterFile;
+use crate::postgres::data_dir::OWN_DIR;
+use crate::repository::Repository;
+use crate::storage::Policy;
+use crate::wal::WalFileName;
+
+/// Recovery stops for good when a fetch fails: it is tried for longer than anything else.
+const FETCH_PATIENCE: Duration = Duration::from_secs(300);
+
+pub async fn push(setup: &Setup, args: args::WalPush) -> Result<i32> {
+    end_with_parent()?;
+    let data_dir = data_dir_of(&args.path)?;
+    let store = setup.store(&setup.location(None)?, Policy::default())?;
+    let writer = ensure_writer(store.clone(), &data_dir, &environment::host_name(), &setup.clock, &setup.events).await?;
+    let repository = writer.repository(store, &setup.clock);
+    let pusher = Pusher { repository, writer, data_dir, events: setup.events.clone() };
+    pusher.push(&args.path).await.map(|()| 0)
+}
+
+pub async fn fetch(setup: &Setup, args: args::WalFetch) -> Result<i32> {
+    end_with_parent()?;
+    let name: WalFileName = args.name.parse()?;
+    let options = history(args.history);
+    let in_data_dir = Path::new("PG_VERSION").is_file();
+    if let (Some(generation), true) = (options.generation, in_data_dir) {
+        claim::note_origin(Path::new(OWN_DIR), generation)?;
+    }
+    let location = setup.location(None)?;
+    let fetched = match recovering_server(&args, in_data_dir)? {
+        Some(postmaster) => {
+            let key = helper::history_key(&location.to_string(), options);
+            helper::ask(&setup.clock, &key, name, &args.path, || start_helper(setup, &args.history, postmaster)).await?
+        }
+        None => None,
+    };
+    let fetched = match fetched {
+        Some(fetched) => fetched,
+        None => {
+            let repository = Repository::open(setup.store(&location, patient())?, &setup.clock).await?;
+            Source::open(repository, options).await?.fetch(name, &args.path).await?
+        }
+    };
+    match fetched {
+        Fetched::Done => Ok(exit::DONE),
+        Fetched::EndOfWal(why) => {
+            setup.events.info(format!("end of WAL: {why}"));
+            Ok(exit::END_OF_WAL)
+        }
+    }
+}
+
+/// The process that fetches ahead; ends with the postmaster.
+pub async fn helper(setup: &Setup, args: args::WalHelper) -> Result<i32> {
+    let location = setup.location(None)?;
+    let repository = Repository::open(setup.store(&location, patient())?, &setup.clock).await?;
+    let options = history(args.history);
+    helper::serve(repository, options, args.postmaster, helper::history_key(&location.to_string(), options)).await.map(|()| 0)
+}
+
+fn patient() -> Policy {
+    Policy { patience: FETCH_PATIENCE, ..Policy::default() }
+}
+
+fn history(args: HistoryArgs) -> FetchOptions {
+    FetchOptions { generation: args.generation, oldest: args.oldest, timeline: args.timeline }
+}
+
+/// The postmaster whose recovery asks, if one does: pg_rewind and people ask too, and want nothing fetched ahead.
+fn recovering_server(args: &args::WalFetch, in_data_dir: bool) -> Result<Option<i32>> {
+    if args.no_prefetch || !in_data_dir {
+        return Ok(None);
+    }
+    let running = PostmasterFile::read(Path::new("."))?;
+    Ok(running.filter(PostmasterFile::is_alive).map(|running| running.pid))
+}
+
+fn start_helper(setup: &Setup, history: &HistoryArgs, postmaster: i32) -> Result<()> {
+    use std::os::unix::process::CommandExt;
+    let program = std::env::current_exe().on("find", "this program")?;
+    let mut command = Command::new(&program);
+    command.args(["wal", "helper", &format!("--postmaster={postmaster}"), &format!("--repo={}", setup.location(None)?)]);
+    command.args(setup.global.config.iter().map(|config| format!("--config={}", config.display())));
+    command.args(history.generation.iter().map(|generation| format!("--generation={generation}")));
+    command.args(history.oldest.iter().map(|oldest| format!("--oldest={oldest}")));
+    command.args(history.timeline.iter().map(|timeline| format!("--timeline={timeline}")));
+    // Its own process group and no descriptor of ours: PostgreSQL must neither wait for it nor signal it.
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).process_group(0);
+    command.spawn().on("start", &program).map(drop)
+}
+
+/// `%p` is relative to the data directory, which is the working directory of the archiver.
+fn data_dir_of(path: &Path) -> Result<PathBuf> {
+    let wal_dir = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let here = std::env::current_dir().on("find", "the working directory")?;
+    let candidates = [here.clone(), here.join(wal_dir).join("..")];
+    candidates.into_iter().find(|dir| dir.join("PG_VERSION").is_file()).ok_or_else(|| {
+        Error::usage(format!("{} does not lie in a data directory", path.display()))
+            .hint("call it as archive_command does: in the data directory, with the path of a file in pg_wal")
+    })
+}
+
+/// When the archiver or the startup process ends, so do we: nobody reads our exit code any more.
+fn end_with_parent() -> Result<()> {
+    rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::TERM))
+        .map_err(|e| Error::local("could not bind to the parent process", e))
+}

@@ -1,0 +1,92 @@
+//! From arguments, environment and configuration file to the values that operations take.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use crate::clock::Clock;
+use crate::error::{Error, IoContext, Result};
+use crate::events::Events;
+use crate::repository::{Codec, Repository};
+use crate::storage::{self, Location, Policy, S3Settings, Store, StoreSettings};
+
+use super::args::{CodecArgs, Global};
+use super::config::Config;
+use super::{environment, output};
+
+/// What every command starts from.
+pub struct Setup {
+    pub global: Global,
+    pub config: Config,
+    pub clock: Clock,
+    pub events: Events,
+}
+
+impl Setup {
+    pub fn new(global: Global) -> Result<Setup> {
+        let config = Config::load(global.config.as_deref())?;
+        let events = output::events(&global);
+        Ok(Setup { global, config, clock: Clock::system(), events })
+    }
+
+    /// The repository's address: argument, then `--repo` or `PERENNIAL_REPO`, then the configuration file.
+    pub fn address(&self, argument: Option<&str>) -> Option<String> {
+        argument.map(str::to_owned).or_else(|| self.global.repo.clone()).or_else(|| self.config.repo.clone())
+    }
+
+    pub fn location(&self, argument: Option<&str>) -> Result<Location> {
+        let address = self.address(argument).ok_or_else(|| {
+            Error::usage("no repository is named").hint("add --repo URL, or set PERENNIAL_REPO, or repo = \"URL\" in /etc/perennial.toml")
+        })?;
+        address.parse()
+    }
+
+    pub fn store(&self, location: &Location, retry: Policy) -> Result<Arc<dyn Store>> {
+        let mut variables: std::collections::BTreeMap<String, String> =
+            self.config.s3.variables().into_iter().map(|(name, value)| (name.to_owned(), value)).collect();
+        variables.extend(environment::with_prefix("AWS_"));
+        let settings = StoreSettings {
+            s3: S3Settings {
+                variables,
+                home: environment::home(),
+                storage_class: environment::storage_class().or_else(|| self.config.s3.storage_class.clone()),
+            },
+            google: environment::with_prefix("GOOGLE_").into_iter().collect(),
+            azure: environment::with_prefix("AZURE_").into_iter().collect(),
+            retry,
+        };
+        storage::open(location, &settings, &self.clock, &self.events)
+    }
+
+    /// The repository that a command reads from or writes to.
+    pub async fn repository(&self) -> Result<Repository> {
+        let location = self.location(None)?;
+        Repository::open(self.store(&location, Policy::default())?, &self.clock).await
+    }
+
+    pub fn data_dir(&self, argument: Option<PathBuf>) -> Result<PathBuf> {
+        argument
+            .or_else(|| self.config.data_dir.clone())
+            .ok_or_else(|| Error::usage("no data directory is named").hint("add -D DIR, or set PGDATA"))
+    }
+
+    /// A duration of the configuration file.
+    pub fn configured(&self, value: Option<&String>) -> Result<Option<std::time::Duration>> {
+        value.map(|text| crate::model::parse_duration(text).map_err(Error::from)).transpose()
+    }
+}
+
+pub fn codec(args: &CodecArgs) -> Result<Codec> {
+    args.zstd_level.map_or_else(|| Ok(Codec::default()), Codec::with_level)
+}
+
+/// The words with which PostgreSQL calls this very program back, for the repository at `location`.
+pub fn callback(global: &Global, location: &Location, verb: &str) -> Result<Vec<String>> {
+    let program = std::env::current_exe().on("find", "this program")?;
+    let program = program.to_str().ok_or_else(|| Error::refused("the path of this program is not UTF-8"))?;
+    let mut words = vec![program.to_owned(), "wal".to_owned(), verb.to_owned(), format!("--repo={location}")];
+    if let Some(config) = &global.config {
+        let config = std::fs::canonicalize(config).on("resolve", config)?;
+        words.push(format!("--config={}", config.display()));
+    }
+    Ok(words)
+}

@@ -1,0 +1,57 @@
+//! What a data directory knows of the generation it writes under: a small local file, so that pushing a segment costs
+//! one request and not a look at the bucket first.
+
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use super::{Claim, Descriptor, Repository, document};
+use crate::clock::Clock;
+use crate::disk;
+use crate::error::{Error, Result};
+use crate::storage::Store;
+
+/// The local note of a claim. It is not in base backups, so a restored directory has none until it claims anew.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Writer {
+    /// The address it was claimed at; under another one the bucket has to be asked again.
+    pub address: String,
+    pub descriptor: Descriptor,
+    pub claim: Claim,
+}
+
+/// Name of the file inside our directory of the data directory.
+const FILE: &str = "writer.json";
+
+impl Writer {
+    pub fn new(repository: &Repository, claim: Claim) -> Writer {
+        Writer { address: repository.address(), descriptor: repository.descriptor().clone(), claim }
+    }
+
+    fn path(own_dir: &Path) -> PathBuf {
+        own_dir.join(FILE)
+    }
+
+    pub fn load(own_dir: &Path) -> Result<Option<Writer>> {
+        let path = Writer::path(own_dir);
+        let Some(bytes) = disk::read_if_there(&path)? else { return Ok(None) };
+        document::read(&bytes).map(Some).map_err(|why| {
+            Error::damaged(format!("{}: {why}", path.display()))
+                .hint(format!("remove the file; the next start claims a new generation (rm '{}')", path.display()))
+        })
+    }
+
+    pub fn save(&self, own_dir: &Path) -> Result<()> {
+        disk::create_dir(own_dir, 0o700)?;
+        disk::durable_write(&Writer::path(own_dir), &document::write(self)?, 0o600)
+    }
+
+    pub fn forget(own_dir: &Path) -> Result<()> {
+        disk::remove_if_there(&Writer::path(own_dir))
+    }
+
+    /// The repository as the note knows it; nothing is asked.
+    pub fn repository(&self, store: std::sync::Arc<dyn Store>, clock: &Clock) -> Repository {
+        Repository::assume(store, self.descriptor.clone(), clock)
+    }
+}

@@ -1,0 +1,172 @@
+//! The skeleton of a restored directory: directories, tablespace links, and making it all durable.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+use crate::disk;
+use crate::error::{Error, IoContext, Result};
+use crate::postgres::is_vacant;
+use crate::repository::manifest::{BackupHead, Directory};
+
+/// Where the control file waits until everything else is durable.
+pub fn control_file_aside(data_dir: &Path) -> PathBuf {
+    data_dir.join("global/pg_control.perennial")
+}
+
+/// Where each tablespace goes.
+#[derive(Debug, Clone, Default)]
+pub struct Tablespaces {
+    /// oid → directory, for those that are links.
+    pub links: BTreeMap<u32, PathBuf>,
+}
+
+impl Tablespaces {
+    /// Applies the operator's map, whose keys are oids or former locations; one that fits nothing is an error.
+    pub fn map(backup: &BackupHead, map: &BTreeMap<String, PathBuf>) -> Result<Tablespaces> {
+        let mut links = BTreeMap::new();
+        let mut used = Vec::new();
+        for tablespace in &backup.tablespaces {
+            let Some(location) = &tablespace.location else { continue };
+            let keys = [tablespace.oid.to_string(), location.clone()];
+            let mapped = keys.iter().find_map(|key| map.get_key_value(key));
+            if let Some((key, _)) = mapped {
+                used.push(key.clone());
+            }
+            let target = mapped.map_or_else(|| PathBuf::from(location), |(_, target)| target.clone());
+            if !target.is_absolute() {
+                return Err(Error::usage(format!("tablespace {}: {} is not an absolute path", tablespace.oid, target.display())));
+            }
+            links.insert(tablespace.oid, target);
+        }
+        if let Some(unused) = map.keys().find(|key| !used.contains(key)) {
+            let known: Vec<_> = backup.tablespaces.iter().filter_map(|t| Some(format!("{} ({})", t.oid, t.location.as_ref()?))).collect();
+            return Err(Error::usage(format!("the backup has no tablespace '{unused}'; it has: {}", known.join(", "))));
+        }
+        Ok(Tablespaces { links })
+    }
+
+    /// A tablespace directory must be new or empty, like the data directory.
+    pub fn check(&self, force: bool) -> Result<()> {
+        for (oid, directory) in &self.links {
+            if !force && !is_vacant(directory)? && !holds_only_an_unfinished_restore(directory)? {
+                return Err(Error::refused(format!("the directory of tablespace {oid}, {}, is not empty", directory.display()))
+                    .hint(format!("send it elsewhere with --tablespace {oid}=/new/directory, or add --force to delete what is in it")));
+            }
+        }
+        Ok(())
+    }
+
+    pub fn roots(&self) -> impl Iterator<Item = &Path> {
+        self.links.values().map(PathBuf::as_path)
+    }
+
+    /// Makes the directories, empties them and marks them as being restored.
+    pub fn empty(&self) -> Result<()> {
+        self.roots().try_for_each(|directory| {
+            disk::create_dir(directory, 0o700)?;
+            disk::durable_write(&directory.join(UNFINISHED), b"", 0o600)?;
+            empty(directory, Some(UNFINISHED))
+        })
+    }
+
+    pub fn unmark(&self) -> Result<()> {
+        self.roots().try_for_each(|directory| disk::remove_if_there(&directory.join(UNFINISHED)))
+    }
+
+    /// The file from which the server makes the links anew (`read_tablespace_map` in xlogrecovery.c).
+    pub fn map_file(&self) -> Option<String> {
+        let escaped = |path: &Path| path.to_string_lossy().replace('\\', "\\\\").replace('\n', "\\\n").replace('\r', "\\\r");
+        let lines = self.links.iter().map(|(oid, path)| format!("{oid} {}\n", escaped(path)));
+        (!self.links.is_empty()).then(|| lines.collect())
+    }
+}
+
+/// Marks a tablespace directory whose restore has not finished.
+const UNFINISHED: &str = "perennial.restoring";
+
+fn holds_only_an_unfinished_restore(directory: &Path) -> Result<bool> {
+    Ok(directory.join(UNFINISHED).is_file())
+}
+
+/// Deletes what is in a directory, but for one name; links are removed, never followed.
+pub fn empty(directory: &Path, but: Option<&str>) -> Result<()> {
+    for entry in std::fs::read_dir(directory).on("list directory", directory)? {
+        let entry = entry.on("list directory", directory)?;
+        let path = entry.path();
+        let name = entry.file_name();
+        if but.is_some_and(|but| name == but) || name == "lost+found" {
+            continue;
+        }
+        if entry.file_type().on("stat", &path)?.is_dir() {
+            std::fs::remove_dir_all(&path).on("remove", &path)?;
+        } else {
+            std::fs::remove_file(&path).on("remove", &path)?;
+        }
+    }
+    Ok(())
+}
+
+pub fn make_directories(data_dir: &Path, directories: &[Directory], tablespaces: &Tablespaces) -> Result<()> {
+    disk::create_dir(&data_dir.join("pg_tblspc"), 0o700)?;
+    for (oid, target) in &tablespaces.links {
+        let link = data_dir.join(format!("pg_tblspc/{oid}"));
+        std::os::unix::fs::symlink(target, &link).on("create link", &link)?;
+    }
+    for directory in directories {
+        let path = inside(data_dir, &directory.path)?;
+        disk::create_dir(&path, 0o700)?;
+        set_mode(&path, directory.mode)?;
+    }
+    Ok(())
+}
+
+pub fn set_mode(path: &Path, mode: u32) -> Result<()> {
+    if std::fs::metadata(path).on("stat", path)?.mode() & 0o7777 != mode & 0o7777 {
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode & 0o7777)).on("set the mode of", path)?;
+    }
+    Ok(())
+}
+
+/// Joins a path of a manifest; one that would leave the directory is not ours.
+pub fn inside(data_dir: &Path, path: &str) -> Result<PathBuf> {
+    let plain = |part: std::path::Component| matches!(part, std::path::Component::Normal(_));
+    if path.is_empty() || !Path::new(path).components().all(plain) {
+        return Err(Error::damaged(format!("the manifest names a path outside the data directory: '{}'", path.escape_debug())));
+    }
+    Ok(data_dir.join(path))
+}
+
+/// Writes back everything of the filesystem that holds `directory`, and tells of every write that failed (Linux 5.8).
+pub fn sync_filesystem(directory: &Path) -> Result<()> {
+    let handle = File::open(directory).on("open", directory)?;
+    rustix::fs::syncfs(&handle).on("sync the filesystem of", directory)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_manifest_cannot_write_outside_the_directory() {
+        let root = Path::new("/data");
+        assert_eq!(inside(root, "base/1/2").expect("inside"), Path::new("/data/base/1/2"));
+        for bad in ["", "/etc/passwd", "../x", "base/../../x", "./x"] {
+            assert!(inside(root, bad).is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn emptying_removes_links_and_does_not_follow_them() {
+        let outside = tempfile::tempdir().expect("a directory");
+        std::fs::write(outside.path().join("precious"), b"x").expect("written");
+        let dir = tempfile::tempdir().expect("a directory");
+        std::os::unix::fs::symlink(outside.path(), dir.path().join("link")).expect("linked");
+        std::fs::create_dir_all(dir.path().join("a/b")).expect("made");
+        std::fs::write(dir.path().join("keep"), b"x").expect("written");
+        empty(dir.path(), Some("keep")).expect("emptied");
+        assert_eq!(std::fs::read_dir(dir.path()).expect("list").count(), 1);
+        assert!(outside.path().join("precious").is_file());
+    }
+}

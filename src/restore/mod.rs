@@ -1,0 +1,145 @@
+//! Restores: choose a backup and check the target against what is reachable (pure), fetch and write files, and leave a
+//! directory that PostgreSQL recovers from there. A directory that is not finished can only be restored again.
+
+mod fetch;
+mod find;
+mod layout;
+mod outside;
+pub mod pg_manifest;
+pub mod plan;
+mod recovery;
+mod target;
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use crate::disk;
+use crate::error::{Error, IoContext, Result};
+use crate::events::{Event, Events};
+use crate::model::{BackupId, Generation, Timeline};
+use crate::postgres::data_dir::{OWN_DIR, RESTORE_MARKER};
+use crate::postgres::{PostmasterFile, is_vacant};
+use crate::repository::{Repository, Writer};
+use crate::repository::manifest::BackupHead;
+
+pub use plan::{Choice, Reachable};
+pub use recovery::RecoverySettings;
+pub use target::{Action, Target};
+
+#[derive(Debug, Clone)]
+pub struct Options {
+    pub data_dir: PathBuf,
+    pub backup: Option<BackupId>,
+    pub target: Target,
+    pub inclusive: bool,
+    pub action: Action,
+    /// The newest generation of the history to restore; the repository's newest when `None`.
+    pub generation: Option<Generation>,
+    pub timeline: Option<Timeline>,
+    /// Where tablespaces go, by oid or by their former location.
+    pub tablespace_map: BTreeMap<String, PathBuf>,
+    /// Empty a directory that has something in it.
+    pub force: bool,
+    /// Leave `archive_mode` as it was, instead of switching it off in the copy.
+    pub keep_archiving: bool,
+    /// Words of the command that fetches WAL, without placeholders: program, `wal fetch`, repository.
+    pub fetch_command: Vec<String>,
+    /// Whose directory it becomes, noted in it before it is finished; nobody's yet when `None`.
+    pub writer: Option<Writer>,
+}
+
+/// What a restore came to.
+#[derive(Debug, Clone)]
+pub struct Restored {
+    pub backup: BackupHead,
+    pub choice: Choice,
+}
+
+/// Restores into `options.data_dir`.
+pub async fn run(repository: &Repository, options: &Options, events: &Events) -> Result<Restored> {
+    let began = repository.clock().monotonic();
+    check_directory(&options.data_dir, options.force)?;
+    let choice = choose(repository, options).await?;
+    if let Some((level, text)) = find::note(&options.target, &choice.located) {
+        events.emit(Event::Note { level, text });
+    }
+    let backup = choice.backup.clone();
+    events.emit(Event::RestorePlanned { backup: backup.backup_id, files: backup.files, bytes: backup.bytes, target: choice.describe() });
+
+    let mut contents = fetch::Contents::read(repository, backup.backup_id).await?;
+    let tablespaces = layout::Tablespaces::map(&backup, &options.tablespace_map)?;
+    tablespaces.check(options.force)?;
+    prepare(&options.data_dir, &tablespaces, &backup)?;
+    layout::make_directories(&options.data_dir, &contents.directories, &tablespaces)?;
+    outside::make_directories(&contents, &options.data_dir)?;
+    fetch::write_files(repository, &contents, &options.data_dir, events).await?;
+    outside::adapt(&mut contents, &options.data_dir)?;
+
+    let settings = recovery::settings(&choice, options);
+    recovery::write(&options.data_dir, &backup, &tablespaces, &settings)?;
+    pg_manifest::write(&options.data_dir, &backup, &contents.files, &tablespaces)?;
+    if let Some(writer) = &options.writer {
+        writer.save(&options.data_dir.join(OWN_DIR))?;
+    }
+    finish(&options.data_dir, &tablespaces)?;
+    events.emit(Event::RestoreDone { backup: backup.backup_id, bytes: backup.bytes, elapsed: repository.clock().monotonic() - began });
+    Ok(Restored { backup, choice })
+}
+
+/// Decides what would be restored, without writing anything.
+pub async fn choose(repository: &Repository, options: &Options) -> Result<Choice> {
+    let reachable = Reachable::read(repository, options.generation, options.timeline).await?;
+    let target = find::locate(repository, &reachable, &options.target, options.inclusive).await?;
+    plan::choose(&reachable, options.backup, &target)
+}
+
+fn check_directory(data_dir: &Path, force: bool) -> Result<()> {
+    if PostmasterFile::read(data_dir)?.is_some_and(|file| file.is_alive()) {
+        return Err(Error::refused(format!("a server is running in {}", data_dir.display())).hint("stop it, or restore to another directory"));
+    }
+    let unfinished = data_dir.join(RESTORE_MARKER).is_file();
+    if unfinished || force || is_vacant(data_dir)? {
+        return Ok(());
+    }
+    Err(Error::refused(format!("{} is not empty", data_dir.display()))
+        .hint("restore to a new directory, or add --force to delete what is in this one"))
+}
+
+/// Empties the directory and marks it as unfinished. From here to [`finish`] PostgreSQL cannot start in it: the marker
+/// says why, and `global/pg_control` is not there.
+fn prepare(data_dir: &Path, tablespaces: &layout::Tablespaces, backup: &BackupHead) -> Result<()> {
+    disk::create_dir(data_dir, 0o700)?;
+    set_private(data_dir)?;
+    let marker = data_dir.join(RESTORE_MARKER);
+    let text = format!("Perennial is restoring backup {} here. Unfinished: restore again.\n", backup.backup_id);
+    disk::durable_write(&marker, text.as_bytes(), 0o600)?;
+    disk::remove_if_there(&data_dir.join("global/pg_control"))?;
+    layout::empty(data_dir, Some(RESTORE_MARKER))?;
+    tablespaces.empty()
+}
+
+/// Empties a directory that this process has just made and nothing else has used.
+pub fn discard(data_dir: &Path) -> Result<()> {
+    layout::empty(data_dir, None)
+}
+
+fn set_private(data_dir: &Path) -> Result<()> {
+    use std::os::unix::fs::{MetadataExt, PermissionsExt};
+    let mode = std::fs::metadata(data_dir).on("stat", data_dir)?.mode() & 0o7777;
+    // PostgreSQL accepts 0700 and 0750 only.
+    match mode {
+        0o700 | 0o750 => Ok(()),
+        _ => std::fs::set_permissions(data_dir, std::fs::Permissions::from_mode(0o700)).on("set the mode of", data_dir),
+    }
+}
+
+/// Makes everything durable, puts the control file in its place, and only then takes the marker away.
+fn finish(data_dir: &Path, tablespaces: &layout::Tablespaces) -> Result<()> {
+    layout::sync_filesystem(data_dir)?;
+    tablespaces.roots().try_for_each(layout::sync_filesystem)?;
+    let control = data_dir.join("global/pg_control");
+    disk::durable_rename(&layout::control_file_aside(data_dir), &control)?;
+    tablespaces.unmark()?;
+    disk::remove_if_there(&data_dir.join(RESTORE_MARKER))?;
+    disk::sync_dir(data_dir)
+}

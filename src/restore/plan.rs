@@ -1,0 +1,163 @@
+//! Which backup, and whether the target can be reached from it. Pure once the facts are read.
+
+use crate::error::{Error, Result};
+use crate::model::{BackupId, Generation, Lsn, Timeline, Timestamp};
+use crate::repository::manifest::BackupHead;
+use crate::repository::reach::{Coverage, View, Window};
+use crate::repository::{Lineage, Repository, WalIndex};
+
+use super::target::Target;
+
+/// What the repository holds of one history.
+#[derive(Debug)]
+pub struct Reachable {
+    pub lineage: Lineage,
+    pub index: WalIndex,
+    pub backups: Vec<BackupHead>,
+    pub timeline: Timeline,
+}
+
+impl Reachable {
+    pub async fn read(repository: &Repository, generation: Option<Generation>, timeline: Option<Timeline>) -> Result<Reachable> {
+        let tip = match generation {
+            Some(generation) => generation,
+            None => repository.newest_generation().await?.ok_or_else(|| nothing(repository))?,
+        };
+        if !repository.generations().await?.contains(&tip) {
+            return Err(Error::not_found(format!("{} has no generation {tip}", repository.address()))
+                .hint("`perennial list` shows the generations"));
+        }
+        let lineage = repository.lineage(tip, None).await?;
+        let index = repository.wal_index(&lineage).await?;
+        let backups = repository.backups().await?;
+        let timeline = match timeline {
+            Some(timeline) if index.history(timeline).is_none() => {
+                return Err(Error::not_found(format!("generation {tip} and its ancestors have no timeline {timeline}"))
+                    .hint("`perennial list` shows the generations and their timelines"));
+            }
+            Some(timeline) => timeline,
+            None => index.newest_timeline().ok_or_else(|| nothing(repository))?,
+        };
+        Ok(Reachable { lineage, index, backups, timeline })
+    }
+
+    pub fn view(&self) -> Result<View<'_>> {
+        View::new(&self.lineage, &self.index, self.timeline)
+            .ok_or_else(|| Error::internal(format!("timeline {} has no history", self.timeline)))
+    }
+
+    pub fn windows(&self) -> Result<Vec<Window>> {
+        Ok(self.view()?.windows(&self.backups))
+    }
+}
+
+fn nothing(repository: &Repository) -> Error {
+    Error::not_found(format!("{} holds no backup that could be restored: nothing was ever archived", repository.address()))
+        .hint("start a new cluster with `perennial run URL -D DIR --init`")
+}
+
+/// A target whose place in WAL is known.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Located {
+    pub target: Target,
+    pub inclusive: bool,
+    /// The backup must be complete at or before this position.
+    pub not_after: Option<Lsn>,
+    /// The backup must be complete before this moment.
+    pub not_after_time: Option<Timestamp>,
+    /// WAL must go at least this far.
+    pub through: Option<Lsn>,
+}
+
+impl Located {
+    pub fn anywhere(target: Target, inclusive: bool) -> Located {
+        Located { target, inclusive, not_after: None, not_after_time: None, through: None }
+    }
+}
+
+/// What will be restored, decided.
+#[derive(Debug, Clone)]
+pub struct Choice {
+    pub backup: BackupHead,
+    pub located: Located,
+    /// The generation whose history is followed, and the oldest one that has WAL it needs.
+    pub generation: Generation,
+    pub oldest: Generation,
+    pub timeline: Timeline,
+    /// All WAL before this is there.
+    pub through: Lsn,
+}
+
+impl Choice {
+    pub fn describe(&self) -> String {
+        match &self.located.target {
+            Target::Newest => format!("the newest state, {} on timeline {}", self.through, self.timeline),
+            other => other.to_string(),
+        }
+    }
+}
+
+/// Chooses the newest backup from which the target can be reached, or checks the one that was named.
+pub fn choose(reachable: &Reachable, backup: Option<BackupId>, located: &Located) -> Result<Choice> {
+    let view = reachable.view()?;
+    let usable = view.usable(&reachable.backups);
+    let tip = reachable.lineage.tip().generation;
+    let named = |(head, _): &&(&BackupHead, Coverage)| backup.is_none_or(|id| head.backup_id == id);
+    let mut candidates = usable.iter().filter(named).peekable();
+    if candidates.peek().is_none() {
+        return Err(no_backup(reachable, backup));
+    }
+    let reaches = |(head, coverage): &&(&BackupHead, Coverage)| {
+        located.not_after.is_none_or(|lsn| head.stop_lsn <= lsn)
+            && located.not_after_time.is_none_or(|time| head.stopped_at <= time)
+            && located.through.is_none_or(|lsn| coverage.through >= lsn)
+    };
+    let best = match located.target {
+        // A gap may leave an older backup with less WAL behind it: the newest state is the one furthest on.
+        Target::Newest => candidates.filter(reaches).max_by_key(|(head, coverage)| (coverage.through, head.stop_lsn)),
+        _ => candidates.filter(reaches).next_back(),
+    };
+    let (head, coverage) = best.ok_or_else(|| unreachable(&view.windows(&reachable.backups), &located.target))?;
+    if located.target == Target::Newest && coverage.gap {
+        return Err(Error::damaged(format!(
+            "the newest state cannot be reached: {} is missing and WAL goes on after it",
+            coverage.next
+        ))
+        .hint(format!("bring the object back, or restore to the point before the gap: --to-lsn {}", coverage.through)));
+    }
+    Ok(Choice {
+        backup: (*head).clone(),
+        located: located.clone(),
+        generation: tip,
+        oldest: head.generation,
+        timeline: reachable.timeline,
+        through: coverage.through,
+    })
+}
+
+fn no_backup(reachable: &Reachable, backup: Option<BackupId>) -> Error {
+    let tip = reachable.lineage.tip().generation;
+    match backup {
+        Some(id) if reachable.backups.iter().any(|head| head.backup_id == id) => Error::refused(format!(
+            "backup {id} does not lead to timeline {} of generation {tip}, or WAL it needs is missing",
+            reachable.timeline
+        ))
+        .hint("name the history it belongs to with --generation and --timeline (`perennial list`)"),
+        Some(id) => Error::not_found(format!("there is no backup {id}")).hint("`perennial list` shows the backups"),
+        None => Error::not_found(format!(
+            "no backup leads to timeline {} of generation {tip}: its first one never became restorable",
+            reachable.timeline
+        ))
+        .hint("`perennial list` shows other generations; choose one with --generation"),
+    }
+}
+
+/// Says which stretches can be reached instead.
+pub fn unreachable(windows: &[Window], target: &Target) -> Error {
+    let stretches: Vec<String> = windows
+        .iter()
+        .map(|window| format!("{} ({}) to {}", window.from, window.from_time.short(), window.through))
+        .collect();
+    Error::not_found(format!("{target} cannot be reached; reachable on timeline {}: {}", windows.first().map_or(0, |w| w.timeline.0), stretches.join("; ")))
+        .hint("`perennial list` shows every generation's reachable window; choose another with --generation and --timeline")
+}

@@ -1,0 +1,50 @@
+//! Recovery targets, as the operator names them.
+
+use std::fmt;
+
+use crate::model::{Lsn, Timestamp};
+
+/// Where recovery is to stop (manual section 20.5.5).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Target {
+    /// The end of WAL.
+    Newest,
+    /// As soon as the backup is consistent.
+    Immediate,
+    Time(Timestamp),
+    Lsn(Lsn),
+    Xid(u32),
+    /// A restore point.
+    Name(String),
+}
+
+impl fmt::Display for Target {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Target::Newest => f.write_str("the newest state"),
+            Target::Immediate => f.write_str("the end of the backup"),
+            Target::Time(time) => write!(f, "{time}"),
+            Target::Lsn(lsn) => write!(f, "{lsn}"),
+            Target::Xid(xid) => write!(f, "transaction {xid}"),
+            Target::Name(name) => write!(f, "restore point '{name}'"),
+        }
+    }
+}
+
+/// What the server does once the target is reached.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Action {
+    Pause,
+    Promote,
+    Shutdown,
+}
+
+impl Action {
+    pub fn setting(self) -> &'static str {
+        match self {
+            Action::Pause => "pause",
+            Action::Promote => "promote",
+            Action::Shutdown => "shutdown",
+        }
+    }
+}

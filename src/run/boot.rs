@@ -1,0 +1,341 @@
+//! The boot decision: facts in, one decision out. Pure, so that every case is a line of a table.
+//!
+//! What is not proven never leads to a new cluster: a bucket that could not be looked at is an error long before this.
+
+use std::fmt;
+
+use crate::error::{Error, Kind};
+use crate::model::{Generation, RepositoryId, SystemId, WriteId};
+use crate::repository::Claim;
+
+/// What is in the data directory.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Directory {
+    /// Nothing, or no directory.
+    Vacant,
+    /// A restore that did not finish.
+    Unfinished,
+    /// A cluster that this program has run: whose, and, if the archive has WAL that the directory lacks, why.
+    Ours { repository_id: RepositoryId, generation: Generation, writer_id: WriteId, behind: Option<String> },
+    /// A cluster without our note: restored by hand (from which generation), or never supervised.
+    Unclaimed { system_id: SystemId, origin: Option<Generation> },
+    /// Something else.
+    Foreign,
+    /// A server is running there already.
+    Running { pid: i32 },
+}
+
+/// What is at the address.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Bucket {
+    /// Proven: nothing at all.
+    Empty,
+    /// A repository no writer was ever started on.
+    Unused { repository_id: RepositoryId },
+    Used {
+        repository_id: RepositoryId,
+        newest: Claim,
+        /// Whether a backup leads to the newest generation.
+        restorable: bool,
+    },
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Facts {
+    pub data_dir: String,
+    pub address: String,
+    pub directory: Directory,
+    pub bucket: Bucket,
+    /// `--init` and `--adopt` were given.
+    pub init: bool,
+    pub adopt: bool,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Decision {
+    /// Make a new cluster.
+    Init,
+    /// Bring the newest generation's state back.
+    Restore { newest: Claim },
+    /// Go on with the directory.
+    Resume { newest: Claim },
+    /// Go on with a directory that has no note: a child of `parent`.
+    Adopt { newest: Option<Claim>, parent: Option<Generation> },
+    /// Another machine has begun and its first backup is not there yet.
+    Wait { holder: Claim },
+    Refuse(Refusal),
+}
+
+/// Why not, and what to do.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Refusal {
+    pub kind: Kind,
+    pub why: String,
+    pub hint: String,
+}
+
+impl From<Refusal> for Error {
+    fn from(refusal: Refusal) -> Error {
+        Error::new(refusal.kind, refusal.why).hint(refusal.hint)
+    }
+}
+
+impl fmt::Display for Decision {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Decision::Init => f.write_str("the repository is new: making a new cluster"),
+            Decision::Restore { newest } => {
+                write!(f, "restoring the newest state, generation {} (started by {} at {})", newest.generation, newest.host, newest.claimed_at.short())
+            }
+            Decision::Resume { newest } => write!(f, "going on with the local directory, generation {}", newest.generation),
+            Decision::Adopt { .. } => f.write_str("taking the local directory over"),
+            Decision::Wait { holder } => {
+                write!(f, "waiting for the first backup of generation {} (started by {} at {})", holder.generation, holder.host, holder.claimed_at.short())
+            }
+            Decision::Refuse(refusal) => write!(f, "refused: {}", refusal.why),
+        }
+    }
+}
+
+pub fn decide(facts: &Facts) -> Decision {
+    match (&facts.directory, &facts.bucket) {
+        (Directory::Running { pid }, _) => refuse(
+            Kind::Refused,
+            format!("a server (process {pid}) is running in {}", facts.data_dir),
+            "stop it first; to protect a server that something else supervises, use archive_command = 'perennial wal push \"%p\"'".to_owned(),
+        ),
+        (Directory::Foreign, _) => refuse(
+            Kind::Refused,
+            format!("{} is not empty and not a PostgreSQL data directory", facts.data_dir),
+            "name a new or empty directory with -D".to_owned(),
+        ),
+        (Directory::Vacant, Bucket::Empty | Bucket::Unused { .. }) if facts.init => Decision::Init,
+        (Directory::Vacant | Directory::Unfinished, Bucket::Empty | Bucket::Unused { .. }) => nothing_to_restore(facts),
+        (Directory::Vacant | Directory::Unfinished, Bucket::Used { newest, restorable: true, .. }) => {
+            Decision::Restore { newest: newest.clone() }
+        }
+        (Directory::Vacant | Directory::Unfinished, Bucket::Used { newest, .. }) => Decision::Wait { holder: newest.clone() },
+        (Directory::Ours { repository_id, .. }, bucket) if bucket.repository_id() != Some(*repository_id) => refuse(
+            Kind::Refused,
+            format!("{} belongs to repository {repository_id}, which is not the one at {}", facts.data_dir, facts.address),
+            "check the address; to protect this cluster in another repository, remove pgsql_tmp_perennial from the directory and add --adopt or --init".to_owned(),
+        ),
+        (Directory::Ours { generation, writer_id, behind, .. }, bucket) => ours(facts, *generation, *writer_id, behind.as_deref(), bucket),
+        (Directory::Unclaimed { system_id, origin }, bucket) => unclaimed(facts, *system_id, *origin, bucket),
+    }
+}
+
+fn nothing_to_restore(facts: &Facts) -> Decision {
+    refuse(
+        Kind::NotFound,
+        format!("{} holds no database: {}", facts.address, if facts.bucket == Bucket::Empty { "the place is empty" } else { "no server was ever started on it" }),
+        "check the address; if this is to be a new database, add --init".to_owned(),
+    )
+}
+
+fn ours(facts: &Facts, generation: Generation, writer_id: WriteId, behind: Option<&str>, bucket: &Bucket) -> Decision {
+    let Bucket::Used { newest, .. } = bucket else {
+        return refuse(
+            Kind::Damaged,
+            format!("{} belongs to generation {generation}, but {} has no generation", facts.data_dir, facts.address),
+            "bring the objects under generations/ back from a copy or an older version of the bucket".to_owned(),
+        );
+    };
+    if newest.generation != generation || newest.writer_id != writer_id {
+        return refuse(
+            Kind::Refused,
+            format!(
+                "{} belongs to generation {generation}; since then {} has started generation {} (at {}), which is the database now",
+                facts.data_dir,
+                newest.host,
+                newest.generation,
+                newest.claimed_at.short()
+            ),
+            format!("to follow it, move the directory aside (mv '{0}' '{0}.old') and start again: the newest state is restored", facts.data_dir),
+        );
+    }
+    match behind {
+        Some(why) => refuse(
+            Kind::Refused,
+            format!("{} is older than what it archived: {why}", facts.data_dir),
+            format!("the disk went back in time. Move the directory aside (mv '{0}' '{0}.old') and start again: the newest state is restored", facts.data_dir),
+        ),
+        None => Decision::Resume { newest: newest.clone() },
+    }
+}
+
+fn unclaimed(facts: &Facts, system_id: SystemId, origin: Option<Generation>, bucket: &Bucket) -> Decision {
+    match bucket {
+        Bucket::Empty | Bucket::Unused { .. } if facts.init || facts.adopt => Decision::Adopt { newest: None, parent: None },
+        Bucket::Empty | Bucket::Unused { .. } => refuse(
+            Kind::Refused,
+            format!("{} is a cluster that was not run by perennial before, and {} is new", facts.data_dir, facts.address),
+            "to protect it in this repository from now on, add --adopt".to_owned(),
+        ),
+        Bucket::Used { newest, .. } if newest.system_id != system_id => refuse(
+            Kind::Refused,
+            format!("{} is another cluster (system identifier {system_id}) than the one at {} ({})", facts.data_dir, facts.address, newest.system_id),
+            "give each cluster a repository of its own".to_owned(),
+        ),
+        Bucket::Used { newest, .. } if facts.adopt => {
+            Decision::Adopt { newest: Some(newest.clone()), parent: origin.or(Some(newest.generation)) }
+        }
+        Bucket::Used { newest, .. } => refuse(
+            Kind::Refused,
+            format!(
+                "{} is a copy of this cluster that was not started by perennial; the newest generation is {}, started by {} at {}",
+                facts.data_dir,
+                newest.generation,
+                newest.host,
+                newest.claimed_at.short()
+            ),
+            "to make the copy the database from now on, add --adopt; to get the newest state, use an empty directory".to_owned(),
+        ),
+    }
+}
+
+/// A machine that has waited long enough.
+pub fn gave_up_waiting(holder: &Claim) -> Refusal {
+    Refusal {
+        kind: Kind::Refused,
+        why: format!(
+            "generation {} was started by {} at {} and has no restorable backup",
+            holder.generation,
+            holder.host,
+            holder.claimed_at.short()
+        ),
+        hint: "if that machine still runs, its first backup will make this work; if it is gone, nothing can be restored: start over under another prefix".to_owned(),
+    }
+}
+
+fn refuse(kind: Kind, why: String, hint: String) -> Decision {
+    Decision::Refuse(Refusal { kind, why, hint })
+}
+
+impl Bucket {
+    fn repository_id(&self) -> Option<RepositoryId> {
+        match self {
+            Bucket::Empty => None,
+            Bucket::Unused { repository_id } | Bucket::Used { repository_id, .. } => Some(*repository_id),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::Timestamp;
+    use crate::wal::SegmentSize;
+
+    const REPOSITORY: RepositoryId = RepositoryId([1; 16]);
+    const OTHER: RepositoryId = RepositoryId([2; 16]);
+    const SYSTEM: SystemId = SystemId(42);
+
+    fn claim(generation: u32) -> Claim {
+        Claim {
+            kind: String::new(),
+            format: 1,
+            writer_id: WriteId([generation as u8; 16]),
+            generation: Generation(generation),
+            parent: None,
+            system_id: SYSTEM,
+            pg_major: 15,
+            segment_size: SegmentSize::try_from(16 << 20).expect("16 MB"),
+            claimed_at: Timestamp::from_unix_micros(0),
+            host: "machine-a".to_owned(),
+        }
+    }
+
+    fn used(newest: u32, restorable: bool) -> Bucket {
+        Bucket::Used { repository_id: REPOSITORY, newest: claim(newest), restorable }
+    }
+
+    fn ours(generation: u32) -> Directory {
+        Directory::Ours { repository_id: REPOSITORY, generation: Generation(generation), writer_id: WriteId([generation as u8; 16]), behind: None }
+    }
+
+    fn decided(directory: Directory, bucket: Bucket, flags: &str) -> Decision {
+        decide(&Facts {
+            data_dir: "/data".to_owned(),
+            address: "s3://b/db".to_owned(),
+            directory,
+            bucket,
+            init: flags.contains("init"),
+            adopt: flags.contains("adopt"),
+        })
+    }
+
+    fn is_refused(decision: &Decision, kind: Kind) -> bool {
+        matches!(decision, Decision::Refuse(refusal) if refusal.kind == kind && !refusal.hint.is_empty())
+    }
+
+    #[test]
+    fn a_new_cluster_is_made_only_when_asked_and_only_where_nothing_is() {
+        let unused = Bucket::Unused { repository_id: REPOSITORY };
+        for bucket in [Bucket::Empty, unused] {
+            assert_eq!(decided(Directory::Vacant, bucket.clone(), "init"), Decision::Init);
+            assert!(is_refused(&decided(Directory::Vacant, bucket.clone(), ""), Kind::NotFound));
+            assert!(is_refused(&decided(Directory::Unfinished, bucket, "init"), Kind::NotFound));
+        }
+        // Identical images may always carry --init: once there is a database, it is restored.
+        assert_eq!(decided(Directory::Vacant, used(3, true), "init"), Decision::Restore { newest: claim(3) });
+        assert_eq!(decided(Directory::Vacant, used(3, false), "init"), Decision::Wait { holder: claim(3) });
+    }
+
+    #[test]
+    fn an_empty_or_unfinished_directory_is_restored() {
+        for directory in [Directory::Vacant, Directory::Unfinished] {
+            assert_eq!(decided(directory.clone(), used(3, true), ""), Decision::Restore { newest: claim(3) });
+            assert_eq!(decided(directory, used(1, false), ""), Decision::Wait { holder: claim(1) });
+        }
+    }
+
+    #[test]
+    fn a_directory_goes_on_only_as_the_newest_generation() {
+        assert_eq!(decided(ours(3), used(3, true), ""), Decision::Resume { newest: claim(3) });
+        assert_eq!(decided(ours(3), used(3, false), ""), Decision::Resume { newest: claim(3) });
+        assert!(is_refused(&decided(ours(2), used(3, true), "init adopt"), Kind::Refused));
+        // The same number, claimed by somebody else.
+        let mut rival = claim(3);
+        rival.writer_id = WriteId([9; 16]);
+        let bucket = Bucket::Used { repository_id: REPOSITORY, newest: rival, restorable: true };
+        assert!(is_refused(&decided(ours(3), bucket, ""), Kind::Refused));
+    }
+
+    #[test]
+    fn a_disk_that_went_back_in_time_is_not_started() {
+        let directory = Directory::Ours { repository_id: REPOSITORY, generation: Generation(3), writer_id: WriteId([3; 16]), behind: Some("…".to_owned()) };
+        assert!(is_refused(&decided(directory, used(3, true), "adopt"), Kind::Refused));
+    }
+
+    #[test]
+    fn a_directory_is_never_mixed_into_another_repository() {
+        let foreign = Bucket::Used { repository_id: OTHER, newest: claim(3), restorable: true };
+        assert!(is_refused(&decided(ours(3), foreign, "init adopt"), Kind::Refused));
+        assert!(is_refused(&decided(ours(3), Bucket::Empty, "init adopt"), Kind::Refused));
+        assert!(is_refused(&decided(ours(3), Bucket::Unused { repository_id: REPOSITORY }, "init"), Kind::Damaged));
+        let other_cluster = Directory::Unclaimed { system_id: SystemId(7), origin: None };
+        assert!(is_refused(&decided(other_cluster, used(3, true), "adopt init"), Kind::Refused));
+    }
+
+    #[test]
+    fn a_copy_becomes_the_database_only_when_asked_and_keeps_its_descent() {
+        let copy = |origin| Directory::Unclaimed { system_id: SYSTEM, origin };
+        assert!(is_refused(&decided(copy(None), used(3, true), "init"), Kind::Refused));
+        let parent_of = |decision| match decision {
+            Decision::Adopt { parent, .. } => parent,
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(parent_of(decided(copy(Some(Generation(1))), used(3, true), "adopt")), Some(Generation(1)));
+        assert_eq!(parent_of(decided(copy(None), used(3, true), "adopt")), Some(Generation(3)));
+        assert_eq!(parent_of(decided(copy(None), Bucket::Empty, "adopt")), None);
+    }
+
+    #[test]
+    fn what_is_not_ours_is_left_alone() {
+        for bucket in [Bucket::Empty, used(1, true)] {
+            assert!(is_refused(&decided(Directory::Foreign, bucket.clone(), "init adopt"), Kind::Refused));
+            assert!(is_refused(&decided(Directory::Running { pid: 1 }, bucket, "init adopt"), Kind::Refused));
+        }
+    }
+}
