@@ -18,6 +18,8 @@ pub struct Config {
     pub takeover_after: Option<String>,
     pub backup_every: Option<String>,
     pub pg_bindir: Option<std::path::PathBuf>,
+    /// How long a request to the store is tried before it is given up.
+    pub patience: Option<String>,
     pub s3: S3,
 }
 

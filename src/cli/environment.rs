@@ -31,6 +31,10 @@ pub fn storage_class() -> Option<String> {
     variable("PERENNIAL_S3_STORAGE_CLASS")
 }
 
+pub fn patience() -> Option<String> {
+    variable("PERENNIAL_PATIENCE")
+}
+
 /// The endpoint of EC2's metadata service; the variable is that of the AWS tools.
 pub fn metadata_endpoint() -> String {
     variable("AWS_EC2_METADATA_SERVICE_ENDPOINT").unwrap_or_else(|| "http://169.254.169.254".to_owned())

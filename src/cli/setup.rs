@@ -40,6 +40,13 @@ impl Setup {
         address.parse()
     }
 
+    /// How long requests are tried: `PERENNIAL_PATIENCE` or `patience` in the file, else what the command thinks fit.
+    fn policy(&self, fitting: Policy) -> Result<Policy> {
+        let named = environment::patience().or_else(|| self.config.patience.clone());
+        let patience = self.configured(named.as_ref())?.unwrap_or(fitting.patience);
+        Ok(Policy { patience, attempt: fitting.attempt.min(patience), ..fitting })
+    }
+
     pub fn store(&self, location: &Location, retry: Policy) -> Result<Arc<dyn Store>> {
         let mut variables: std::collections::BTreeMap<String, String> =
             self.config.s3.variables().into_iter().map(|(name, value)| (name.to_owned(), value)).collect();
@@ -52,7 +59,7 @@ impl Setup {
             },
             google: environment::with_prefix("GOOGLE_").into_iter().collect(),
             azure: environment::with_prefix("AZURE_").into_iter().collect(),
-            retry,
+            retry: self.policy(retry)?,
         };
         storage::open(location, &settings, &self.clock, &self.events)
     }

@@ -44,7 +44,7 @@ pub const VERSIONS: &[Version] = &[
     version(14, (1300, 288), false, 1),
     version(15, (1300, 288), true, 1),
     version(16, (1300, 288), true, 1),
-    version(17, (1300, 288), true, 2),
+    version(17, (1700, 288), true, 2),
     version(18, (1800, 292), true, 2),
 ];
 

@@ -1,0 +1,101 @@
+//! One suite of rules for every store, and what `init` makes of stores that break them.
+
+use std::sync::Arc;
+
+use perennial::clock::Clock;
+use perennial::error::Kind;
+use perennial::events::Events;
+use perennial::repository::{Codec, Repository};
+use perennial::storage::faulty::{Fault, Faulty};
+use perennial::storage::{self, Adapter, Body, Created, Location, Policy, Retrying, S3Settings, Store, StoreSettings, conformance};
+
+use crate::support::*;
+
+fn store(url: &str, env: &[(String, String)]) -> Arc<dyn Store> {
+    let location: Location = url.parse().expect("an address");
+    let s3 = S3Settings { variables: env.iter().cloned().collect(), home: None, storage_class: None };
+    let settings = StoreSettings { s3, ..StoreSettings::default() };
+    storage::open(&location, &settings, &Clock::system(), &Events::silent()).expect("opened")
+}
+
+#[tokio::test]
+async fn memory_keeps_the_rules() {
+    conformance::run(&Adapter::memory(), "c").await.expect("conforms");
+}
+
+#[tokio::test]
+async fn files_keep_the_rules() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let store = store(&format!("file://{}", directory.path().display()), &[]);
+    conformance::run(&*store, "c").await.expect("conforms");
+}
+
+#[tokio::test]
+async fn a_real_s3_server_keeps_the_rules() {
+    let bucket = Bucket::s3();
+    conformance::run(&*store(&bucket.url, &bucket.env), "c").await.expect("conforms");
+}
+
+#[tokio::test]
+async fn a_real_s3_server_over_tls_keeps_the_rules() {
+    let bucket = Bucket::s3_tls();
+    conformance::run(&*store(&bucket.url, &bucket.env), "c").await.expect("conforms");
+}
+
+/// Short waits: the faults are ours, not a network's.
+fn hasty(inner: Arc<dyn Store>) -> Retrying {
+    let ms = std::time::Duration::from_millis;
+    let policy = Policy { patience: ms(2000), first_wait: ms(1), longest_wait: ms(5), ..Policy::default() };
+    Retrying::new(inner, policy, Clock::system(), Events::silent())
+}
+
+fn body(text: &str) -> Body {
+    Body::from(text.as_bytes().to_vec())
+}
+
+#[tokio::test]
+async fn a_write_whose_answer_was_lost_is_known_to_be_ours() {
+    let faulty = Faulty::new(Arc::new(Adapter::memory()));
+    let store = hasty(Arc::new(faulty.clone()));
+    faulty.queue(&[Fault::AnswerLost, Fault::Refused]);
+    assert_eq!(store.create("key", &body("write id 1")).await.expect("settled"), Created::Now);
+}
+
+#[tokio::test]
+async fn a_write_whose_answer_was_lost_and_that_a_rival_overtook_is_known_to_be_lost() {
+    let memory: Arc<dyn Store> = Arc::new(Adapter::memory());
+    let faulty = Faulty::new(Arc::clone(&memory));
+    let store = hasty(Arc::new(faulty.clone()));
+    memory.create("key", &body("write id of a rival")).await.expect("created");
+    faulty.queue(&[Fault::Refused, Fault::None]);
+    assert_eq!(store.create("key", &body("write id 1")).await.expect("settled"), Created::AlreadyThere);
+}
+
+#[tokio::test]
+async fn an_outage_is_an_error_and_never_absence() {
+    let faulty = Faulty::new(Arc::new(Adapter::memory()));
+    let store = hasty(Arc::new(faulty.clone()));
+    faulty.queue(&[Fault::Refused; 10_000]);
+    let error = store.read("key", 0..10).await.expect_err("not an answer");
+    assert_eq!(error.kind(), Kind::Unreachable);
+    let error = Repository::open(Arc::new(store), &Clock::system()).await.expect_err("not an answer");
+    assert_eq!(error.kind(), Kind::Unreachable);
+}
+
+#[tokio::test]
+async fn a_refusal_is_not_retried() {
+    let faulty = Faulty::new(Arc::new(Adapter::memory()));
+    let store = hasty(Arc::new(faulty.clone()));
+    faulty.queue(&[Fault::Denied]);
+    assert_eq!(store.read("key", 0..10).await.expect_err("denied").kind(), Kind::Denied);
+    assert!(store.read("key", 0..10).await.expect("the next request works").is_none());
+}
+
+#[tokio::test]
+async fn a_store_that_ignores_conditions_is_refused_by_init() {
+    let mut faulty = Faulty::new(Arc::new(Adapter::memory()));
+    faulty.ignores_conditions = true;
+    let error = Repository::init(Arc::new(faulty), Codec::default(), &Clock::system()).await.expect_err("refused");
+    assert_eq!(error.kind(), Kind::Refused);
+    assert!(error.to_string().contains("If-None-Match"), "{error}");
+}
