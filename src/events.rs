@@ -24,32 +24,106 @@ pub enum Level {
 #[derive(Debug, Clone)]
 pub enum Event {
     /// A request to the store failed and is made again.
-    StoreRetry { request: String, attempt: u32, wait: Duration, error: String },
-    BackupStarted { id: BackupId, start: Lsn, files: u64, bytes: u64 },
+    StoreRetry {
+        request: String,
+        attempt: u32,
+        wait: Duration,
+        error: String,
+    },
+    BackupStarted {
+        id: BackupId,
+        start: Lsn,
+        files: u64,
+        bytes: u64,
+    },
     /// Bytes read so far of the bytes planned.
-    BackupProgress { done: u64, total: u64 },
-    BackupWaitsForWal { through: Lsn, missing: u64 },
-    BackupDone { id: BackupId, read: u64, stored: u64, elapsed: Duration },
-    BackupFailed { error: String, next_try: Duration },
-    PageDamaged { file: String, block: u32 },
-    PagesDamaged { files: u64, pages: u64 },
-    SegmentPushed { name: String, stored: u64 },
-    GenerationClaimed { generation: Generation, parent: Option<Generation> },
-    RestorePlanned { backup: BackupId, files: u64, bytes: u64, target: String },
-    RestoreProgress { done: u64, total: u64 },
-    RestoreDone { backup: BackupId, bytes: u64, elapsed: Duration },
-    FetchRefused { name: String, error: String },
+    BackupProgress {
+        done: u64,
+        total: u64,
+    },
+    BackupWaitsForWal {
+        through: Lsn,
+        missing: u64,
+    },
+    BackupDone {
+        id: BackupId,
+        read: u64,
+        stored: u64,
+        elapsed: Duration,
+    },
+    BackupFailed {
+        error: String,
+        next_try: Duration,
+    },
+    PageDamaged {
+        file: String,
+        block: u32,
+    },
+    PagesDamaged {
+        files: u64,
+        pages: u64,
+    },
+    SegmentPushed {
+        name: String,
+        stored: u64,
+    },
+    GenerationClaimed {
+        generation: Generation,
+        parent: Option<Generation>,
+    },
+    RestorePlanned {
+        backup: BackupId,
+        files: u64,
+        bytes: u64,
+        target: String,
+    },
+    RestoreProgress {
+        done: u64,
+        total: u64,
+    },
+    RestoreDone {
+        backup: BackupId,
+        bytes: u64,
+        elapsed: Duration,
+    },
+    FetchRefused {
+        name: String,
+        error: String,
+    },
     /// The boot decision, in words.
-    Decided { decision: String },
-    ServerStarting { command: String },
-    RecoveryDone { timeline: Timeline, elapsed: Duration },
-    Ready { port: u16, generation: Generation },
-    Stopping { why: String },
-    ServerStopped { status: String },
+    Decided {
+        decision: String,
+    },
+    ServerStarting {
+        command: String,
+    },
+    RecoveryDone {
+        timeline: Timeline,
+        elapsed: Duration,
+    },
+    Ready {
+        port: u16,
+        generation: Generation,
+    },
+    Stopping {
+        why: String,
+    },
+    ServerStopped {
+        status: String,
+    },
     /// WAL that was ready but could not be pushed before the process had to end.
-    WalLeftBehind { segments: u64, error: String },
-    ArchiveLags { behind: Duration, newest: Option<Timestamp> },
-    Note { level: Level, text: String },
+    WalLeftBehind {
+        segments: u64,
+        error: String,
+    },
+    ArchiveLags {
+        behind: Duration,
+        newest: Option<Timestamp>,
+    },
+    Note {
+        level: Level,
+        text: String,
+    },
 }
 
 impl Event {
@@ -80,7 +154,10 @@ impl fmt::Display for Event {
                 write!(f, "backup: {} of {} read", human_bytes(*done), human_bytes(*total))
             }
             BackupWaitsForWal { through, missing } => {
-                write!(f, "backup: waiting for WAL through {through} to reach the repository ({missing} segments missing)")
+                write!(
+                    f,
+                    "backup: waiting for WAL through {through} to reach the repository ({missing} segments missing)"
+                )
             }
             BackupDone { id, read, stored, elapsed } => write!(
                 f,

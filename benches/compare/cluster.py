@@ -13,7 +13,7 @@ READY = "database system is ready to accept connections"
 START_SECONDS = 600
 SETTINGS = {
     "archive_mode": "on", "archive_command": "/bin/true", "shared_buffers": "256MB", "max_wal_size": "4GB",
-    "checkpoint_timeout": "1h", "autovacuum": "off", "listen_addresses": "",
+    "checkpoint_timeout": "1h", "autovacuum": "off", "synchronous_commit": "off", "listen_addresses": "",
 }
 
 
@@ -27,10 +27,12 @@ class Server:
         self.log = data_dir.parent / f"{data_dir.name}.log"
         self._env = {"PATH": f"{BINARIES}:/usr/bin:/bin", "LC_ALL": "C.UTF-8"} | (env or {})
         self._process: subprocess.Popen | None = None
+        self._fetching_cpu = 0.0
 
     def init(self) -> None:
         """Makes the cluster."""
-        self._call(["initdb", "--data-checksums", "-A", "trust", "-U", "postgres", "-D", self.data_dir], self.socket_dir)
+        options = ["--data-checksums", "-A", "trust", "-U", "postgres", "-D", self.data_dir]
+        self._call(["initdb", *options], self.socket_dir)
         lines = [f"{name} = '{value}'\n" for name, value in SETTINGS.items()]
         with (self.data_dir / "postgresql.conf").open("a", encoding="ascii") as config:
             config.writelines(lines)
@@ -85,7 +87,7 @@ class Server:
 
     def sql(self, query: str) -> str:
         """One query's answer."""
-        command = [BINARIES / "psql", "-XAtq", "-h", self.socket_dir, "-p", str(self.port), "-U", "postgres", "-c", query]
+        command = [BINARIES / "psql", "-XAtq", *self._connection(), "-c", query]
         answer = subprocess.run(command, env=self._env, check=False, capture_output=True, text=True)
         if answer.returncode:
             raise meter.CommandFailed(f"{query}: {answer.stderr}")
@@ -93,21 +95,19 @@ class Server:
 
     def pgbench(self, *options: str) -> None:
         """Runs pgbench."""
-        self._call(["pgbench", "-h", self.socket_dir, "-p", str(self.port), "-U", "postgres", *options, "postgres"], self.data_dir)
+        self._call(["pgbench", *self._connection(), *options, "postgres"], self.data_dir)
 
     def child(self, title: str) -> int | None:
         """The server's child process with this title."""
         if not self._process:
             return None
         for pid in meter.numbers_in_proc():
-            try:
-                words = Path(f"/proc/{pid}/cmdline").read_bytes()
-                parent = int(Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()[1])
-            except OSError:
-                continue
-            if parent == self._process.pid and words.startswith(f"postgres: {title}".encode()):
+            if meter.parent_of(pid) == self._process.pid and title_of(pid).startswith(f"postgres: {title}"):
                 return pid
         return None
+
+    def _connection(self) -> list:
+        return ["-h", self.socket_dir, "-p", str(self.port), "-U", "postgres"]
 
     def _note_fetching(self, startup: int | None) -> None:
         try:
@@ -118,6 +118,14 @@ class Server:
     def _call(self, command: list, cwd: Path) -> None:
         program, *arguments = command
         meter.call([BINARIES / program, *arguments], log=self.log, env=self._env, cwd=cwd)
+
+
+def title_of(pid: int) -> str:
+    """The command line of a process, or what it has put there."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
 
 
 def warm(directory: Path) -> None:

@@ -16,8 +16,15 @@ SAMPLE_SECONDS = 0.05
 # Looks at a new process before it is taken for one that never becomes a tool's.
 LOOKS = 4
 COMMAND_LIMIT_SECONDS = 900
+HELPER_PATIENCE_SECONDS = 20
 PR_SET_CHILD_SUBREAPER = 36
 LOG_TAIL = 3000
+# Other work on the machine is waited for before a measurement, up to a limit.
+IDLE_SHARE = 0.85
+IDLE_LOOK_SECONDS = 0.5
+
+# Processes that were spawned and not yet waited for; every other child of ours is an orphan that came to us.
+_awaited: set[int] = set()
 
 
 class CommandFailed(Exception):
@@ -34,22 +41,27 @@ def spawn(command: list, *, log: Path, env: dict, cwd: Path, user: str = "postgr
     """Starts a command in a session of its own, its output appended to `log`."""
     identity = {} if user == "root" else {"user": user, "group": user, "extra_groups": []}
     with log.open("ab") as output:
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [str(word) for word in command], env=env, cwd=cwd, stdin=subprocess.DEVNULL, stdout=output,
             stderr=subprocess.STDOUT, start_new_session=True, **identity,
         )
+    _awaited.add(process.pid)
+    return process
 
 
 def wait(process: subprocess.Popen, command: list, log: Path, limit: float = COMMAND_LIMIT_SECONDS):
-    """Waits for a spawned command; returns its resource usage, descendants included."""
+    """Waits for a spawned command; returns its resource usage, that of the children it waited for included."""
     timer = threading.Timer(limit, process.kill)
     timer.daemon = True
     timer.start()
     try:
         _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
     finally:
         timer.cancel()
-    process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        _awaited.discard(process.pid)
     if process.returncode:
         tail = log.read_bytes()[-LOG_TAIL:].decode(errors="replace")
         words = " ".join(str(word) for word in command)
@@ -71,17 +83,59 @@ def stop(process: subprocess.Popen, with_signal: int = signal.SIGTERM, patience:
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+    _awaited.discard(process.pid)
+
+
+def orphans() -> list[int]:
+    """Processes that came to us because whoever started them has ended."""
+    return [pid for pid in numbers_in_proc() if pid not in _awaited and parent_of(pid) == os.getpid()]
+
+
+def reap(orphan: int, patience: float):
+    """Waits for an orphan, kills it when that takes too long, and returns its resource usage."""
+    deadline = time.monotonic() + patience
+    while True:
+        ended, _, usage = os.wait4(orphan, os.WNOHANG)
+        if ended:
+            return usage
+        if time.monotonic() > deadline:
+            os.kill(orphan, signal.SIGKILL)
+        time.sleep(0.005)
+
+
+def wait_until_idle(limit: float) -> None:
+    """Waits until the machine has little else to do, but no longer than the limit."""
+    deadline = time.monotonic() + limit
+    while time.monotonic() < deadline:
+        idle = idle_seconds()
+        time.sleep(IDLE_LOOK_SECONDS)
+        if idle_seconds() - idle >= IDLE_SHARE * IDLE_LOOK_SECONDS * os.cpu_count():
+            return
+
+
+def idle_seconds() -> float:
+    """Seconds that all processors together have been idle."""
+    fields = Path("/proc/stat").read_text(encoding="ascii").split(maxsplit=6)
+    return (int(fields[4]) + int(fields[5])) / os.sysconf("SC_CLK_TCK")
 
 
 def children_cpu(pid: int) -> float:
     """CPU seconds of those children of a live process that have ended."""
-    fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
+    fields = stat_of(pid)
     return (int(fields[13]) + int(fields[14])) / os.sysconf("SC_CLK_TCK")
 
 
-def processes_of(programs: Path) -> list[int]:
-    """The live processes whose program lies in the directory."""
-    return [pid for pid in numbers_in_proc() if runs_from(pid, programs)]
+def parent_of(pid: int) -> int | None:
+    """The parent of a process, if it is there."""
+    try:
+        return int(stat_of(pid)[1])
+    except OSError:
+        return None
+
+
+def stat_of(pid: int) -> list[str]:
+    """The fields of /proc/PID/stat from the third on."""
+    return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
 
 
 def numbers_in_proc() -> list[int]:
@@ -187,29 +241,8 @@ class Meter:
             "peak_pss": self._sampler.peak_pss, "peak_rss": self._sampler.peak_rss,
         }
 
-    def _reap_helpers(self, patience: float = 20) -> None:
-        """Waits for processes that a tool left behind; those that stay are killed, their time counted."""
-        deadline = time.monotonic() + patience
-        while left := processes_of(self._programs):
-            self._reap_orphans()
-            if time.monotonic() > deadline:
-                for pid in left:
-                    os.kill(pid, signal.SIGKILL)
-            time.sleep(0.01)
-        self._reap_orphans()
-
-    def _reap_orphans(self) -> None:
-        while True:
-            ended = next_orphan()
-            if ended is None:
-                return
-            self.add_usage(os.wait4(ended, 0)[2])
-
-
-def next_orphan() -> int | None:
-    """A child of ours that has ended and that nobody waits for."""
-    try:
-        ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-    except ChildProcessError:
-        return None
-    return ended.si_pid if ended else None
+    def _reap_helpers(self) -> None:
+        """Adds what helpers have used that a tool left behind and that end by themselves."""
+        while left := orphans():
+            for orphan in left:
+                self.add_usage(reap(orphan, HELPER_PATIENCE_SECONDS))

@@ -103,7 +103,8 @@ class Store:
             f"-master.port={master}", f"-volume.port={volume}", f"-filer.port={filer}",
             f"-filer.localSocket={self.directory}/filer.sock", "-volume.max=100", "-s3", f"-s3.port={s3}",
             f"-s3.localSocket={self.directory}/s3.sock", f"-s3.config={config}", "-s3.port.iceberg=0",
-            "-s3.port.lance=0", f"-s3.cert.file={self.directory}/server.pem", f"-s3.key.file={self.directory}/server.key",
+            "-s3.port.lance=0", f"-s3.cert.file={self.directory}/server.pem",
+            f"-s3.key.file={self.directory}/server.key",
         ]
 
 
@@ -175,10 +176,9 @@ def make_certificates(directory: Path, log: Path) -> None:
     """A certificate authority, and a certificate of it for this machine's loopback names."""
     extensions = directory / "extensions"
     extensions.write_text("subjectAltName=DNS:localhost,IP:127.0.0.1\nextendedKeyUsage=serverAuth\n", encoding="ascii")
-    days_and_key = ["-days", "7", "-newkey", "rsa:2048", "-nodes"]
     authority = [
-        "openssl", "req", "-x509", *days_and_key, "-subj", "/CN=bench authority", "-keyout", "ca.key", "-out", "ca.pem",
-        "-addext", "keyUsage=critical,keyCertSign",
+        "openssl", "req", "-x509", "-days", "7", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=bench authority",
+        "-addext", "keyUsage=critical,keyCertSign", "-keyout", "ca.key", "-out", "ca.pem",
     ]
     request = [
         "openssl", "req", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost", "-keyout", "server.key",

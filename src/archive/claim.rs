@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
+use super::push::Pusher;
 use crate::clock::Clock;
 use crate::disk;
 use crate::error::{Error, IoContext, Result};
@@ -13,6 +14,7 @@ use crate::postgres::data_dir::OWN_DIR;
 use crate::postgres::{ControlFile, version_of};
 use crate::repository::{NewWriter, Repository, Writer};
 use crate::storage::Store;
+use crate::wal::WalFileName;
 
 /// Where `wal fetch` notes which generation a directory was recovered from; the next claim takes it as its parent.
 const ORIGIN: &str = "origin";
@@ -21,7 +23,13 @@ const ORIGIN: &str = "origin";
 const CLAIM_ATTEMPTS: u32 = 5;
 
 /// The writer of this data directory: as noted, or claimed now.
-pub async fn ensure_writer(store: Arc<dyn Store>, data_dir: &Path, host: &str, clock: &Clock, events: &Events) -> Result<Writer> {
+pub async fn ensure_writer(
+    store: Arc<dyn Store>,
+    data_dir: &Path,
+    host: &str,
+    clock: &Clock,
+    events: &Events,
+) -> Result<Writer> {
     let own_dir = data_dir.join(OWN_DIR);
     let noted = Writer::load(&own_dir)?;
     let address = store.url("").trim_end_matches('/').to_owned();
@@ -42,10 +50,18 @@ async fn claim(repository: &Repository, data_dir: &Path, host: &str, events: &Ev
     let version = version_of(data_dir)?;
     let control = ControlFile::read(data_dir, version)?;
     if matches!(control.state, State::InArchiveRecovery | State::ShutDownInRecovery) {
-        return Err(Error::refused(format!("{} is a standby: only the primary opens a generation", data_dir.display()))
-            .hint("set archive_mode = on (not always) on the standby"));
+        return Err(Error::refused(format!(
+            "{} is a standby: only the primary opens a generation",
+            data_dir.display()
+        ))
+        .hint("set archive_mode = on (not always) on the standby"));
     }
-    let new = NewWriter { system_id: control.system_id, pg_major: version.major, segment_size: control.segment_size, host: host.to_owned() };
+    let new = NewWriter {
+        system_id: control.system_id,
+        pg_major: version.major,
+        segment_size: control.segment_size,
+        host: host.to_owned(),
+    };
     let origin = read_origin(&data_dir.join(OWN_DIR))?;
     for _ in 0..CLAIM_ATTEMPTS {
         let newest = repository.newest_generation().await?;
@@ -64,11 +80,26 @@ async fn claim(repository: &Repository, data_dir: &Path, host: &str, events: &Ev
         let parent = origin.or(newest);
         if let Some(claim) = repository.try_claim(newest, parent, &new).await? {
             events.emit(Event::GenerationClaimed { generation: claim.generation, parent: claim.parent });
-            return Ok(Writer::new(repository, claim));
+            let writer = Writer::new(repository, claim);
+            push_history(repository, &writer, data_dir, events).await?;
+            return Ok(writer);
         }
     }
     Err(Error::refused(format!("{}: several servers claim generations at once", repository.address()))
         .hint("make sure that only one server archives into this repository"))
+}
+
+/// Stores the history file of the timeline a server is on. PostgreSQL archives it only once, when the timeline begins,
+/// which may have been before this generation or before this program came; without it nobody could follow the timeline.
+pub async fn push_history(repository: &Repository, writer: &Writer, data_dir: &Path, events: &Events) -> Result<()> {
+    let control = ControlFile::read(data_dir, version_of(data_dir)?)?;
+    let path = data_dir.join(format!("pg_wal/{}", WalFileName::History(control.timeline)));
+    if !path.is_file() {
+        return Ok(());
+    }
+    let (repository, writer) = (repository.clone(), writer.clone());
+    let pusher = Pusher { repository, writer, data_dir: data_dir.to_owned(), events: events.clone() };
+    pusher.push(&path).await
 }
 
 /// Notes where a directory's recovery takes its WAL from.

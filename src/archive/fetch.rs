@@ -163,7 +163,12 @@ impl Source {
 
 /// Writes an archived file beside `destination` and renames it there.
 #[allow(clippy::disallowed_methods, reason = "a fetched file need not survive a crash: recovery asks again")]
-pub async fn download(repository: &Repository, generation: Generation, name: WalFileName, destination: &Path) -> Result<()> {
+pub async fn download(
+    repository: &Repository,
+    generation: Generation,
+    name: WalFileName,
+    destination: &Path,
+) -> Result<()> {
     let temporary = temporary_beside(destination);
     let outcome = write_to(repository, generation, name, &temporary).await;
     let renamed = outcome.and_then(|()| std::fs::rename(&temporary, destination).on("rename to", destination));

@@ -67,7 +67,13 @@ pub fn history_key(address: &str, options: FetchOptions) -> String {
 }
 
 /// Asks a helper. `None` when none can be had, so that the caller fetches by itself.
-pub async fn ask(clock: &crate::clock::Clock, history: &str, name: WalFileName, destination: &Path, start: impl FnOnce() -> Result<()>) -> Result<Option<Fetched>> {
+pub async fn ask(
+    clock: &crate::clock::Clock,
+    history: &str,
+    name: WalFileName,
+    destination: &Path,
+    start: impl FnOnce() -> Result<()>,
+) -> Result<Option<Fetched>> {
     let mut stream = UnixStream::connect(socket_path()).await.ok();
     if stream.is_none() {
         start()?;
@@ -78,7 +84,8 @@ pub async fn ask(clock: &crate::clock::Clock, history: &str, name: WalFileName, 
         }
     }
     let Some(mut stream) = stream else { return Ok(None) };
-    let question = Question { name: name.to_string(), destination: destination.to_owned(), history: history.to_owned() };
+    let question =
+        Question { name: name.to_string(), destination: destination.to_owned(), history: history.to_owned() };
     let Ok(mut line) = serde_json::to_vec(&question) else { return Ok(None) };
     line.push(b'\n');
     // A helper that dies in between leaves the question open: then we fetch by ourselves.
@@ -187,7 +194,9 @@ impl Helper {
     async fn fetch(&self, question: &Question) -> Result<Fetched> {
         let name: WalFileName = question.name.parse()?;
         let source = self.source().await?;
-        let WalFileName::Segment(segment) = name else { return source.lock().await.fetch(name, &question.destination).await };
+        let WalFileName::Segment(segment) = name else {
+            return source.lock().await.fetch(name, &question.destination).await;
+        };
         let fetched_ahead = self.ahead.lock().await.tasks.remove(&segment);
         if let Some(task) = fetched_ahead
             && let Ok(Ok(path)) = task.await
@@ -224,7 +233,8 @@ impl Helper {
         }
         let permits = Arc::clone(ahead.permits.get_or_insert_with(|| Arc::new(tokio::sync::Semaphore::new(DOWNLOADS))));
         for (name, generation) in wanted {
-            let start = || tokio::spawn(fetch_to_cache(self.repository.clone(), generation, name, Arc::clone(&permits)));
+            let start =
+                || tokio::spawn(fetch_to_cache(self.repository.clone(), generation, name, Arc::clone(&permits)));
             ahead.tasks.entry(name).or_insert_with(start);
         }
         Ok(())
@@ -235,7 +245,12 @@ async fn open_source(repository: Repository, options: FetchOptions) -> Result<Mu
     Source::open(repository, options).await.map(Mutex::new)
 }
 
-async fn fetch_to_cache(repository: Repository, generation: Generation, name: SegmentName, permits: Arc<tokio::sync::Semaphore>) -> Result<PathBuf> {
+async fn fetch_to_cache(
+    repository: Repository,
+    generation: Generation,
+    name: SegmentName,
+    permits: Arc<tokio::sync::Semaphore>,
+) -> Result<PathBuf> {
     let _permit = permits.acquire().await.map_err(|e| Error::internal("downloads ended").source(e))?;
     let path = cache_dir().join(name.to_string());
     download(&repository, generation, WalFileName::Segment(name), &path).await?;

@@ -3,8 +3,8 @@
 pub mod claim;
 pub mod fetch;
 pub mod helper;
-mod pushed;
 pub mod push;
+mod pushed;
 
 pub use claim::ensure_writer;
 pub use fetch::{FetchOptions, Fetched, Source};

@@ -32,7 +32,9 @@ pub struct Pusher {
 /// The name a path in `pg_wal` stands for.
 pub fn name_of(path: &Path) -> Result<WalFileName> {
     let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
-    name.parse().map_err(|e| Error::from(e).hint("archive_command is called with the path of a WAL file: perennial wal push \"%p\""))
+    name.parse().map_err(|e| {
+        Error::from(e).hint("archive_command is called with the path of a WAL file: perennial wal push \"%p\"")
+    })
 }
 
 impl Pusher {

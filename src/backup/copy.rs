@@ -110,7 +110,7 @@ impl Copy<'_> {
         let Some(open) = blocking(move || UncachedFile::open(&source)).await? else { return Ok(()) };
         let open = Arc::new(open);
         // It may have grown since the walk; what comes after this moment is in WAL.
-        let size = open.len()?;
+        let size = open.size()?;
         self.push(Part::Opens(FileEntry { size, ..entry })).await?;
         let mut offset = 0;
         while offset < size {
@@ -124,10 +124,11 @@ impl Copy<'_> {
 
     async fn small_file(&mut self, file: &FileItem, entry: FileEntry) -> Result<()> {
         let source = file.source.clone();
-        let (first_block, start, codec) = (self.checked_block(file), self.task.start, self.task.repository.descriptor().codec);
+        let (first_block, start, codec) =
+            (self.checked_block(file), self.task.start, self.task.repository.descriptor().codec);
         let work = move || {
             let Some(open) = UncachedFile::open(&source)? else { return Ok(None) };
-            let length = open.len()?.min(REGION) as usize;
+            let length = open.size()?.min(REGION) as usize;
             let job = Job { file: Arc::new(open), offset: 0, length, first_block, start, codec };
             region::read(&job).map(Some)
         };
@@ -136,7 +137,14 @@ impl Copy<'_> {
 
     fn job(&self, open: Arc<UncachedFile>, file: &FileItem, offset: u64, length: usize) -> Job {
         let first_block = self.checked_block(file).map(|block| block + (offset / 8192) as u32);
-        Job { file: open, offset, length, first_block, start: self.task.start, codec: self.task.repository.descriptor().codec }
+        Job {
+            file: open,
+            offset,
+            length,
+            first_block,
+            start: self.task.start,
+            codec: self.task.repository.descriptor().codec,
+        }
     }
 
     fn checked_block(&self, file: &FileItem) -> Option<u32> {
@@ -252,7 +260,8 @@ impl Copy<'_> {
         let version = self.task.server.version;
         let mut outcome = Err(Error::internal("the control file was not read"));
         for _ in 0..CONTROL_READS {
-            let bytes = std::fs::read(&file.source).map_err(|e| Error::local(format!("could not read {}", file.source.display()), e))?;
+            let bytes = std::fs::read(&file.source)
+                .map_err(|e| Error::local(format!("could not read {}", file.source.display()), e))?;
             outcome = ControlFile::parse(&bytes, version).and_then(|_| match bytes.len() {
                 CONTROL_FILE_SIZE => Ok(bytes),
                 length => Err(Error::damaged(format!("{CONTROL_FILE} is {length} bytes long"))),

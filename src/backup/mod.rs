@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use crate::disk;
-use crate::error::{Error, IoContext, Result};
+use crate::error::{Error, IoContext, Kind, Result};
 use crate::events::{Event, Events, Level};
 use crate::model::{BackupId, Generation, Lsn, WriteId};
 use crate::postgres::client::{Server, Stopped, same_directory};
@@ -79,7 +79,14 @@ pub async fn run(repository: &Repository, options: &Options, events: &Events) ->
     drop(client);
     report_damage(&copied, options, events)?;
 
-    let needed = wait::Needed { generation: options.generation, timeline: control.timeline, start, stop: stopped.lsn, size: control.segment_size, system_id: server.system_id };
+    let needed = wait::Needed {
+        generation: options.generation,
+        timeline: control.timeline,
+        start,
+        stop: stopped.lsn,
+        size: control.segment_size,
+        system_id: server.system_id,
+    };
     wait::for_wal(repository, &needed, options.wal_timeout, events).await?;
     let head = commit(repository, &task, &walk, copied, (started_at, stopped)).await?;
     let elapsed = repository.clock().monotonic() - began;
@@ -214,6 +221,14 @@ async fn commit(
         frames_sha256: Sha256([0; 32]),
     };
     let body = writer.finish(head)?;
+    let newest = repository.newest_generation().await?;
+    if let Some(newest) = newest.filter(|newest| *newest > task.id.generation) {
+        return Err(Error::new(
+            Kind::Fenced,
+            format!("generation {} was superseded by generation {newest} while it was backed up", task.id.generation),
+        )
+        .hint("another machine is the database now: stop this server"));
+    }
     repository.put_manifest(task.id, &body).await?;
     repository.backup_head(task.id).await
 }

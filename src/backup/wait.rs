@@ -31,7 +31,8 @@ const PARALLEL: usize = 16;
 
 pub async fn for_wal(repository: &Repository, needed: &Needed, timeout: Duration, events: &Events) -> Result<()> {
     let clock = repository.clock();
-    let mut missing: BTreeSet<u64> = (needed.size.number_at(needed.start)..=needed.size.number_before(needed.stop)).collect();
+    let mut missing: BTreeSet<u64> =
+        (needed.size.number_at(needed.start)..=needed.size.number_before(needed.stop)).collect();
     let (began, mut wait, mut told) = (clock.monotonic(), FIRST_WAIT, clock.monotonic());
     loop {
         check(repository, needed, &mut missing).await?;
@@ -75,7 +76,9 @@ async fn check(repository: &Repository, needed: &Needed, missing: &mut BTreeSet<
 
 async fn arrived(repository: &Repository, needed: &Needed, number: u64) -> Result<bool> {
     let name = SegmentName::new(needed.timeline, number, needed.size);
-    let Some(head) = repository.wal_head(needed.generation, WalFileName::Segment(name)).await? else { return Ok(false) };
+    let Some(head) = repository.wal_head(needed.generation, WalFileName::Segment(name)).await? else {
+        return Ok(false);
+    };
     if head.system_id != needed.system_id || head.size != needed.size.bytes() {
         return Err(Error::damaged(format!(
             "{name} in the repository belongs to system {} and holds {} bytes; this is system {} with segments of {}",

@@ -49,7 +49,9 @@ impl Config {
     }
 
     fn parse(text: &str) -> Result<Config> {
-        toml::from_str(text).map_err(|e| Error::usage(e.to_string().trim().to_owned()).hint("docs/reference/configuration.md lists the keys"))
+        toml::from_str(text).map_err(|e| {
+            Error::usage(e.to_string().trim().to_owned()).hint("docs/reference/configuration.md lists the keys")
+        })
     }
 }
 

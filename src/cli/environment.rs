@@ -14,7 +14,8 @@ fn variable(name: &str) -> Option<String> {
 /// Every variable whose name starts with `prefix`, empty ones left out.
 #[allow(clippy::disallowed_methods, reason = "this is the one reader of the environment")]
 pub fn with_prefix(prefix: &str) -> BTreeMap<String, String> {
-    let set = std::env::vars_os().filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)));
+    let set =
+        std::env::vars_os().filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)));
     set.filter(|(name, value)| name.starts_with(prefix) && !value.is_empty()).collect()
 }
 

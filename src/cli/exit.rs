@@ -10,7 +10,11 @@ pub const END_OF_WAL: i32 = 1;
 /// Kind, code, and what it means. Where sysexits.h has a code for it, it is that one.
 pub const TABLE: &[(Kind, i32, &str)] = &[
     (Kind::Usage, 2, "the command line or the configuration file is wrong"),
-    (Kind::Damaged, 65, "something that is there is not what was written: a checksum, a length or a format does not hold"),
+    (
+        Kind::Damaged,
+        65,
+        "something that is there is not what was written: a checksum, a length or a format does not hold",
+    ),
     (Kind::NotFound, 66, "proven not to be there: a repository, a backup, a recovery target, a file"),
     (Kind::Unreachable, 69, "the store or the server did not answer, or cannot now; says nothing about what is there"),
     (Kind::Internal, 70, "a mistake in this program; please report it"),

@@ -36,7 +36,8 @@ pub fn give_away(data_dir: &Path) -> Result<User> {
     }
     let metadata = std::fs::metadata(data_dir).on("stat", data_dir)?;
     if metadata.uid() == 0 && crate::postgres::is_vacant(data_dir)? {
-        std::os::unix::fs::chown(data_dir, Some(user.uid.as_raw()), Some(user.gid.as_raw())).on("give away", data_dir)?;
+        std::os::unix::fs::chown(data_dir, Some(user.uid.as_raw()), Some(user.gid.as_raw()))
+            .on("give away", data_dir)?;
     }
     Ok(user)
 }

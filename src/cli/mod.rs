@@ -18,6 +18,8 @@ use args::Command;
 
 /// Runs the command line and returns the exit code.
 pub fn main() -> i32 {
+    // What we write holds table content, in a repository on a disk too: for its owner alone.
+    rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o077));
     let args = match Args::try_parse() {
         Ok(args) => args,
         Err(refused) => {

@@ -46,11 +46,12 @@ pub fn events(global: &Global) -> Events {
     Events::new(move |event| {
         let mut bar = bar.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         match event {
-            Event::BackupProgress { done, total } | Event::RestoreProgress { done, total } if terminal => bar.show(*done, *total),
+            Event::BackupProgress { done, total } | Event::RestoreProgress { done, total } if terminal => {
+                bar.show(*done, *total)
+            }
             Event::BackupProgress { done, total } | Event::RestoreProgress { done, total } => {
-                if bar.is_news(*done, *total) && least <= Level::Info {
-                    print(&clock, Level::Info, event);
-                }
+                let news = bar.is_news(*done, *total);
+                (news && least <= Level::Info).then(|| print(&clock, Level::Info, event));
             }
             _ if event.level() >= least => bar.aside(|| print(&clock, event.level(), event)),
             _ => (),

@@ -35,7 +35,8 @@ impl Setup {
 
     pub fn location(&self, argument: Option<&str>) -> Result<Location> {
         let address = self.address(argument).ok_or_else(|| {
-            Error::usage("no repository is named").hint("add --repo URL, or set PERENNIAL_REPO, or repo = \"URL\" in /etc/perennial.toml")
+            Error::usage("no repository is named")
+                .hint("add --repo URL, or set PERENNIAL_REPO, or repo = \"URL\" in /etc/perennial.toml")
         })?;
         address.parse()
     }

@@ -84,11 +84,14 @@ pub struct Lock {
 impl Lock {
     /// Takes the lock at once, or says that somebody else holds it.
     pub fn try_take(path: &Path) -> Result<Option<Lock>> {
-        let file = OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(path).on("open", path)?;
+        let file =
+            OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(path).on("open", path)?;
         match file.try_lock() {
             Ok(()) => Ok(Some(Lock { _file: file })),
             Err(std::fs::TryLockError::WouldBlock) => Ok(None),
-            Err(std::fs::TryLockError::Error(e)) => Err(Error::new(Kind::Local, format!("could not lock {}", path.display())).source(e)),
+            Err(std::fs::TryLockError::Error(e)) => {
+                Err(Error::new(Kind::Local, format!("could not lock {}", path.display())).source(e))
+            }
         }
     }
 }

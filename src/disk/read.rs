@@ -33,7 +33,7 @@ impl UncachedFile {
         }
     }
 
-    pub fn len(&self) -> Result<u64> {
+    pub fn size(&self) -> Result<u64> {
         Ok(self.file.metadata().on("stat", &self.path)?.len())
     }
 

@@ -164,7 +164,13 @@ mod tests {
         let id = BackupId { generation: Generation(3), start: Lsn(0xA_0400_0028), nonce: 0x91fe };
         assert_eq!(id.to_string(), "00000003-0000000A04000028-91fe");
         assert_eq!(id.to_string().parse(), Ok(id));
-        for bad in ["", "3-1-1", "00000003-0000000a04000028-91fe", "00000003-0000000A04000028-91FE", "00000000-0000000A04000028-91fe"] {
+        for bad in [
+            "",
+            "3-1-1",
+            "00000003-0000000a04000028-91fe",
+            "00000003-0000000A04000028-91FE",
+            "00000000-0000000A04000028-91fe",
+        ] {
             assert!(bad.parse::<BackupId>().is_err(), "{bad:?}");
         }
         let later = BackupId { start: Lsn(0xB_0000_0000), ..id };

@@ -61,10 +61,13 @@ impl FromStr for Timestamp {
             Some(at) if at > 10 && text.len() - at == 3 => format!("{text}:00"),
             _ => text.to_owned(),
         };
-        with_full_zone
-            .parse::<jiff::Timestamp>()
-            .map(|t| Timestamp(t.as_microsecond()))
-            .map_err(|_| Malformed::new("time", text, "a date, a time and a zone, such as '2026-11-22 18:30:00+00' or 2026-11-22T18:30:00Z"))
+        with_full_zone.parse::<jiff::Timestamp>().map(|t| Timestamp(t.as_microsecond())).map_err(|_| {
+            Malformed::new(
+                "time",
+                text,
+                "a date, a time and a zone, such as '2026-11-22 18:30:00+00' or 2026-11-22T18:30:00Z",
+            )
+        })
     }
 }
 

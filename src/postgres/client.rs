@@ -70,7 +70,9 @@ impl Client {
         let database = options.database.as_deref().unwrap_or("postgres");
         config.host(&host).port(port).user(user).dbname(database).application_name("perennial");
         config.connect_timeout(Duration::from_secs(10));
-        if let Some(password) = options.password.clone().or_else(|| options.password_from_file(&host, port, user, database)) {
+        if let Some(password) =
+            options.password.clone().or_else(|| options.password_from_file(&host, port, user, database))
+        {
             config.password(password);
         }
         let place = format!("{host}:{port}, user {user}, database {database}");
@@ -193,7 +195,9 @@ impl ConnectOptions {
             other => return Err(Error::usage(format!("PGSSLMODE '{other}' is not a mode of libpq"))),
         }
         let Some(path) = &self.sslrootcert else {
-            return Err(Error::usage("PGSSLMODE asks for TLS, but PGSSLROOTCERT names no certificate authority to check the server by"));
+            return Err(Error::usage(
+                "PGSSLMODE asks for TLS, but PGSSLROOTCERT names no certificate authority to check the server by",
+            ));
         };
         use rustls::pki_types::pem::PemObject;
         let mut roots = rustls::RootCertStore::empty();
@@ -253,7 +257,8 @@ mod tests {
         use std::os::unix::fs::PermissionsExt;
         let dir = tempfile::tempdir().expect("a directory");
         let path = dir.path().join("pgpass");
-        std::fs::write(&path, "# comment\nother:*:*:*:no\nlocalhost:5433:*:po\\:st:a\\\\b:c\n*:*:*:*:last\n").expect("written");
+        std::fs::write(&path, "# comment\nother:*:*:*:no\nlocalhost:5433:*:po\\:st:a\\\\b:c\n*:*:*:*:last\n")
+            .expect("written");
         let options = ConnectOptions { passfile: Some(path.clone()), ..ConnectOptions::default() };
         std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).expect("set");
         assert_eq!(options.password_from_file("/run", 5433, "po:st", "db").as_deref(), Some("a\\b:c"));

@@ -41,7 +41,11 @@ fn quoted_setting(value: &str) -> String {
 /// A word for `/bin/sh`.
 pub fn quoted_word(word: &str) -> String {
     let plain = |c: char| c.is_ascii_alphanumeric() || "/._-:=+@,".contains(c);
-    if !word.is_empty() && word.chars().all(plain) { word.to_owned() } else { format!("'{}'", word.replace('\'', "'\\''")) }
+    if !word.is_empty() && word.chars().all(plain) {
+        word.to_owned()
+    } else {
+        format!("'{}'", word.replace('\'', "'\\''"))
+    }
 }
 
 /// A shell command for `archive_command` or `restore_command`: in these, `%` starts a placeholder and is doubled.
@@ -67,7 +71,8 @@ mod tests {
 
     #[test]
     fn words_survive_the_shell_and_the_placeholders() {
-        let words = ["/opt/my tools/perennial".to_owned(), "wal".to_owned(), "file:///a%20b".to_owned(), "it's".to_owned()];
+        let words =
+            ["/opt/my tools/perennial".to_owned(), "wal".to_owned(), "file:///a%20b".to_owned(), "it's".to_owned()];
         assert_eq!(
             wal_command(&words, &["%f", "%p"]),
             "'/opt/my tools/perennial' wal 'file:///a%%20b' 'it'\\''s' \"%f\" \"%p\""

@@ -163,7 +163,9 @@ impl Walker<'_> {
         } else if target.is_file() {
             self.file(source, path, &target);
         } else {
-            self.walk.left_out.push(format!("{path}: a link to a directory outside; pg_basebackup leaves these out too"));
+            self.walk
+                .left_out
+                .push(format!("{path}: a link to a directory outside; pg_basebackup leaves these out too"));
         }
         Ok(())
     }
@@ -224,16 +226,16 @@ fn metadata_if_there(path: &Path) -> Result<Option<Metadata>> {
 
 fn is_left_out(path: &str, name: &str) -> bool {
     // `strncmp` with the prefix, as basebackup.c does it, also covers pg_internal.init.1234 being written.
-    name.starts_with("pgsql_tmp") || name.starts_with("pg_internal.init") || NOT_COPIED.contains(&name) && (path.is_empty() || name == ".DS_Store")
+    name.starts_with("pgsql_tmp")
+        || name.starts_with("pg_internal.init")
+        || NOT_COPIED.contains(&name) && (path.is_empty() || name == ".DS_Store")
 }
 
 /// Directories in which files are named by relation: `base/<db>`, `global` and `pg_tblspc/<oid>/<version>/<db>`.
 fn holds_relations(path: &str) -> bool {
     let mut parts = path.split('/');
-    match (parts.next(), parts.clone().count()) {
-        (Some("global"), 0) | (Some("base"), 1) | (Some("pg_tblspc"), 3) => true,
-        _ => false,
-    }
+    let root = parts.next();
+    matches!((root, parts.count()), (Some("global"), 0) | (Some("base"), 1) | (Some("pg_tblspc"), 3))
 }
 
 /// The digits of a relation's file name: `16384`, `16384_fsm`, `16384.1`, `16384_init`.
@@ -244,7 +246,12 @@ fn relation_number(name: &str) -> Option<&str> {
 }
 
 fn unlogged_relations(names: &[String]) -> BTreeSet<String> {
-    names.iter().filter_map(|name| name.strip_suffix("_init")).filter(|stem| relation_number(stem) == Some(stem)).map(str::to_owned).collect()
+    names
+        .iter()
+        .filter_map(|name| name.strip_suffix("_init"))
+        .filter(|stem| relation_number(stem) == Some(stem))
+        .map(str::to_owned)
+        .collect()
 }
 
 fn is_temporary_or_unlogged(path: &str, name: &str, unlogged: &BTreeSet<String>) -> bool {
@@ -297,10 +304,25 @@ mod tests {
     #[test]
     fn what_belongs_to_the_running_server_stays_behind() {
         let root = tree(&[
-            "PG_VERSION", "postmaster.pid", "postmaster.opts", "backup_label", "backup_manifest", "recovery.signal", "global/pg_control",
-            "global/pg_internal.init", "base/5/pg_internal.init.77", "pg_wal/000000010000000000000001", "pg_replslot/slot/state",
-            "pg_stat_tmp/x", "pg_subtrans/0000", "pg_notify/0", "base/pgsql_tmp/pgsql_tmp1.1", "pgsql_tmp_perennial/state.json",
-            "base/5/1259", "perennial.restoring", "postgresql.auto.conf",
+            "PG_VERSION",
+            "postmaster.pid",
+            "postmaster.opts",
+            "backup_label",
+            "backup_manifest",
+            "recovery.signal",
+            "global/pg_control",
+            "global/pg_internal.init",
+            "base/5/pg_internal.init.77",
+            "pg_wal/000000010000000000000001",
+            "pg_replslot/slot/state",
+            "pg_stat_tmp/x",
+            "pg_subtrans/0000",
+            "pg_notify/0",
+            "base/pgsql_tmp/pgsql_tmp1.1",
+            "pgsql_tmp_perennial/state.json",
+            "base/5/1259",
+            "perennial.restoring",
+            "postgresql.auto.conf",
         ]);
         assert_eq!(paths(&root), ["PG_VERSION", "base/5/1259", "global/pg_control", "postgresql.auto.conf"]);
     }
@@ -308,8 +330,15 @@ mod tests {
     #[test]
     fn temporary_and_unlogged_relations_stay_behind_but_for_their_init_forks() {
         let root = tree(&[
-            "base/5/16384", "base/5/16384_init", "base/5/16384_fsm", "base/5/16384.1", "base/5/163840", "base/5/t3_16390",
-            "base/5/t3_16390_fsm", "base/5/16391_vm", "base/5/16391",
+            "base/5/16384",
+            "base/5/16384_init",
+            "base/5/16384_fsm",
+            "base/5/16384.1",
+            "base/5/163840",
+            "base/5/t3_16390",
+            "base/5/t3_16390_fsm",
+            "base/5/16391_vm",
+            "base/5/16391",
         ]);
         assert_eq!(paths(&root), ["base/5/16384_init", "base/5/163840", "base/5/16391", "base/5/16391_vm"]);
     }
@@ -321,7 +350,10 @@ mod tests {
         std::os::unix::fs::symlink(outside.path(), root.path().join("pg_tblspc/16385")).expect("linked");
         let walk = walk(root.path(), Version::of(15).expect("supported"), 202_209_061).expect("walked");
         let files: Vec<_> = walk.files().map(|file| file.path.as_str()).collect();
-        assert_eq!(files, ["PG_VERSION", "pg_tblspc/16385/PG_15_202209061/5/16400", "pg_tblspc/16500/PG_15_202209061/5/16600"]);
+        assert_eq!(
+            files,
+            ["PG_VERSION", "pg_tblspc/16385/PG_15_202209061/5/16400", "pg_tblspc/16500/PG_15_202209061/5/16600"]
+        );
         assert_eq!(walk.tablespaces[0], TablespaceItem { oid: 16385, location: Some(outside.path().to_owned()) });
         assert_eq!(walk.tablespaces[1], TablespaceItem { oid: 16500, location: None });
     }
@@ -332,7 +364,9 @@ mod tests {
         assert_eq!(first_block("base/5/16384.2"), Some(262_144));
         assert_eq!(first_block("base/5/16384_vm.1"), Some(131_072));
         assert_eq!(first_block("pg_tblspc/16385/PG_15_202209061/5/16400"), Some(0));
-        for other in ["base/5/pg_filenode.map", "global/pg_control", "base/5/PG_VERSION", "pg_xact/0000", "postgresql.conf"] {
+        for other in
+            ["base/5/pg_filenode.map", "global/pg_control", "base/5/PG_VERSION", "pg_xact/0000", "postgresql.conf"]
+        {
             assert_eq!(first_block(other), None, "{other}");
         }
     }

@@ -14,7 +14,12 @@ pub struct Install {
 }
 
 /// Where distributions put their majors.
-const FOLDERS: &[(&str, &str)] = &[("/usr/lib/postgresql/", "/bin"), ("/usr/pgsql-", "/bin"), ("/usr/local/pgsql/", "/bin"), ("/opt/homebrew/opt/postgresql@", "/bin")];
+const FOLDERS: &[(&str, &str)] = &[
+    ("/usr/lib/postgresql/", "/bin"),
+    ("/usr/pgsql-", "/bin"),
+    ("/usr/local/pgsql/", "/bin"),
+    ("/opt/homebrew/opt/postgresql@", "/bin"),
+];
 
 impl Install {
     /// The installation in `bin_dir`.
@@ -22,8 +27,12 @@ impl Install {
         let postgres = bin_dir.join("postgres");
         let output = Command::new(&postgres).arg("--version").output().on("run", &postgres)?;
         let text = String::from_utf8_lossy(&output.stdout).into_owned();
-        let major = text.split_whitespace().nth(2).and_then(|number| number.split(|c: char| !c.is_ascii_digit()).next()?.parse().ok());
-        let version = major.ok_or_else(|| Error::postgres(format!("{} --version says '{}'", postgres.display(), text.trim())))?;
+        let major = text
+            .split_whitespace()
+            .nth(2)
+            .and_then(|number| number.split(|c: char| !c.is_ascii_digit()).next()?.parse().ok());
+        let version =
+            major.ok_or_else(|| Error::postgres(format!("{} --version says '{}'", postgres.display(), text.trim())))?;
         Ok(Install { bin_dir: bin_dir.to_owned(), version: Version::of(version)? })
     }
 
@@ -44,7 +53,9 @@ impl Install {
         }
         let in_path = path.into_iter().flat_map(std::env::split_paths);
         let newest_first = VERSIONS.iter().rev().filter(|version| major.is_none_or(|major| version.major == major));
-        let folders = newest_first.flat_map(|version| FOLDERS.iter().map(move |(before, after)| PathBuf::from(format!("{before}{}{after}", version.major))));
+        let folders = newest_first.flat_map(|version| {
+            FOLDERS.iter().map(move |(before, after)| PathBuf::from(format!("{before}{}{after}", version.major)))
+        });
         let candidates = in_path.chain(folders).filter(|dir| dir.join("postgres").is_file());
         candidates.filter_map(|dir| Install::at(&dir).ok()).find(fits).ok_or_else(|| {
             let wanted = major.map_or_else(|| "PostgreSQL".to_owned(), |major| format!("PostgreSQL {major}"));
@@ -79,7 +90,13 @@ impl Install {
     /// A parameter as the server would see it at its next start.
     pub fn configured(&self, data_dir: &Path, options: &[String], name: &str) -> Result<String> {
         let program = self.program("postgres");
-        let output = Command::new(&program).arg("-D").arg(data_dir).args(options).args(["-C", name]).output().on("run", &program)?;
+        let output = Command::new(&program)
+            .arg("-D")
+            .arg(data_dir)
+            .args(options)
+            .args(["-C", name])
+            .output()
+            .on("run", &program)?;
         if output.status.success() {
             return Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned());
         }

@@ -24,7 +24,10 @@ pub fn version_of(data_dir: &Path) -> Result<Version> {
     let path = data_dir.join("PG_VERSION");
     match crate::disk::read_if_there(&path)? {
         Some(text) => Version::of_file(&String::from_utf8_lossy(&text)).map_err(|e| e.context(path.display())),
-        None => Err(Error::not_found(format!("{} is not a PostgreSQL data directory: it has no PG_VERSION", data_dir.display()))),
+        None => Err(Error::not_found(format!(
+            "{} is not a PostgreSQL data directory: it has no PG_VERSION",
+            data_dir.display()
+        ))),
     }
 }
 

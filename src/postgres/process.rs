@@ -47,7 +47,11 @@ impl Postmaster {
         let keeper = move || {
             let us = rustix::process::getpid();
             let mut child = Command::new(&command.program);
-            child.args(&command.arguments).current_dir(&command.directory).process_group(0).stdin(std::process::Stdio::null());
+            child
+                .args(&command.arguments)
+                .current_dir(&command.directory)
+                .process_group(0)
+                .stdin(std::process::Stdio::null());
             // SAFETY: between fork and exec only two system calls are made; neither allocates nor takes a lock.
             unsafe {
                 child.pre_exec(move || {
@@ -66,7 +70,8 @@ impl Postmaster {
                     let _ = end.send(Some(status));
                 }
                 Err(e) => {
-                    let _ = started.send(Err(Error::local(format!("could not start {}", command.program.display()), e)));
+                    let _ =
+                        started.send(Err(Error::local(format!("could not start {}", command.program.display()), e)));
                 }
             }
         };
@@ -151,7 +156,8 @@ impl PostmasterFile {
             pid: line(0)?.parse().ok()?,
             port: line(3).and_then(|port| port.parse().ok()).unwrap_or_default(),
             socket_dir: line(4).map(str::to_owned),
-            listen_address: line(5).map(|address| if address == "*" { "localhost".to_owned() } else { address.to_owned() }),
+            listen_address: line(5)
+                .map(|address| if address == "*" { "localhost".to_owned() } else { address.to_owned() }),
             status: match line(7) {
                 Some("ready") => ServerStatus::Ready,
                 Some("standby") => ServerStatus::Standby,
@@ -180,7 +186,10 @@ mod tests {
     fn the_pid_file_says_where_the_server_is_and_how_far() {
         let text = "4242\n/data\n1700000000\n5433\n/run/postgresql\n*\n  5433001 7\nready   \n";
         let file = PostmasterFile::parse(text).expect("whole");
-        assert_eq!((file.pid, file.port, file.host().as_str(), file.status), (4242, 5433, "/run/postgresql", ServerStatus::Ready));
+        assert_eq!(
+            (file.pid, file.port, file.host().as_str(), file.status),
+            (4242, 5433, "/run/postgresql", ServerStatus::Ready)
+        );
         let early = PostmasterFile::parse("4242\n/data\n").expect("a pid");
         assert_eq!(early.status, ServerStatus::Starting);
         assert_eq!(PostmasterFile::parse(""), None);
@@ -188,7 +197,11 @@ mod tests {
 
     #[tokio::test]
     async fn a_child_ends_with_its_status_and_is_never_signalled_after() {
-        let command = ServerCommand { program: "/bin/sh".into(), arguments: vec!["-c".into(), "exit 3".into()], directory: "/".into() };
+        let command = ServerCommand {
+            program: "/bin/sh".into(),
+            arguments: vec!["-c".into(), "exit 3".into()],
+            directory: "/".into(),
+        };
         let mut child = Postmaster::start(&command).expect("started");
         assert_eq!(child.wait().await.code(), Some(3));
         child.stop(Stop::Immediate);
@@ -197,7 +210,8 @@ mod tests {
 
     #[test]
     fn a_program_that_is_not_there_is_named() {
-        let command = ServerCommand { program: "/no/such/postgres".into(), arguments: Vec::new(), directory: "/".into() };
+        let command =
+            ServerCommand { program: "/no/such/postgres".into(), arguments: Vec::new(), directory: "/".into() };
         assert!(Postmaster::start(&command).expect_err("not there").to_string().contains("/no/such/postgres"));
     }
 }

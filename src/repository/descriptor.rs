@@ -78,7 +78,12 @@ mod tests {
         let future = serde_json::json!({"kind": "perennial/repository", "min_reader": 2, "something": "new"});
         let future = document::write(&future).expect("written");
         assert_eq!(Descriptor::parse(&future, "u").expect_err("too new").kind(), Kind::Refused);
-        for damaged in [&b""[..], b"{}", b"{\"kind\":\"other\",\"min_reader\":1}", b"{\"kind\":\"perennial/repository\",\"min_reader\":1}"] {
+        for damaged in [
+            &b""[..],
+            b"{}",
+            b"{\"kind\":\"other\",\"min_reader\":1}",
+            b"{\"kind\":\"perennial/repository\",\"min_reader\":1}",
+        ] {
             assert_eq!(Descriptor::parse(damaged, "u").expect_err("damaged").kind(), Kind::Damaged);
         }
         let descriptor = Descriptor::new(Codec::default(), &Clock::system());

@@ -16,7 +16,8 @@ pub const HEAD_MAX: u64 = 64 << 10;
 
 /// The head's frame.
 pub fn wrap(head: &impl Serialize) -> Result<Vec<u8>> {
-    let mut json = serde_json::to_vec(head).map_err(|e| Error::internal("a head cannot be written as JSON").source(e))?;
+    let mut json =
+        serde_json::to_vec(head).map_err(|e| Error::internal("a head cannot be written as JSON").source(e))?;
     json.extend_from_slice(&crc32c::crc32c(&json).to_le_bytes());
     skippable(HEAD_MAGIC, &json)
 }

@@ -35,7 +35,8 @@ impl Lineage {
     /// The chain of parents from `tip`, as far as `claims` go; `None` when `tip` itself is not among them.
     pub fn of(claims: &[Claim], tip: Generation) -> Option<Lineage> {
         let find = |generation| claims.iter().find(|claim| claim.generation == generation);
-        let chain: Vec<Claim> = std::iter::successors(find(tip), |claim| claim.parent.and_then(find)).cloned().collect();
+        let chain: Vec<Claim> =
+            std::iter::successors(find(tip), |claim| claim.parent.and_then(find)).cloned().collect();
         (!chain.is_empty()).then_some(Lineage(chain))
     }
 
@@ -97,7 +98,12 @@ impl Repository {
 
     /// Tries to claim the generation after `newest` (`None`: the first). `None` when another claimant was faster: look
     /// again at what is there before trying once more.
-    pub async fn try_claim(&self, newest: Option<Generation>, parent: Option<Generation>, writer: &NewWriter) -> Result<Option<Claim>> {
+    pub async fn try_claim(
+        &self,
+        newest: Option<Generation>,
+        parent: Option<Generation>,
+        writer: &NewWriter,
+    ) -> Result<Option<Claim>> {
         let generation = newest.map_or(Generation::FIRST, Generation::next);
         let claim = Claim {
             kind: "perennial/generation".to_owned(),

@@ -76,7 +76,12 @@ mod tests {
     #[test]
     fn every_key_reads_back_as_what_it_was_built_from() {
         let generation = Generation(12);
-        for name in ["000000010000000A000000FE", "000000010000000A000000FE.partial", "000000010000000A000000FE.00000028.backup", "0000000B.history"] {
+        for name in [
+            "000000010000000A000000FE",
+            "000000010000000A000000FE.partial",
+            "000000010000000A000000FE.00000028.backup",
+            "0000000B.history",
+        ] {
             let name: WalFileName = name.parse().expect(name);
             assert_eq!(parse_wal_file(&wal_file(generation, name)), Some((generation, name)));
         }
@@ -93,7 +98,10 @@ mod tests {
             wal_file(Generation(1), segment),
             "generations/00000001/wal/00000001/0000000A/000000010000000A000000FE.zst"
         );
-        assert_eq!(wal_file(Generation(1), WalFileName::History(Timeline(2))), "generations/00000001/wal/00000002.history.zst");
+        assert_eq!(
+            wal_file(Generation(1), WalFileName::History(Timeline(2))),
+            "generations/00000001/wal/00000002.history.zst"
+        );
         assert_eq!(claim(Generation(1)), "generations/00000001/generation.json");
     }
 

@@ -185,7 +185,8 @@ impl ManifestWriter {
     }
 
     pub fn add(&mut self, line: &Line) -> Result<()> {
-        serde_json::to_writer(&mut self.lines, line).map_err(|e| Error::internal("a manifest line as JSON").source(e))?;
+        serde_json::to_writer(&mut self.lines, line)
+            .map_err(|e| Error::internal("a manifest line as JSON").source(e))?;
         self.lines.push(b'\n');
         self.count += 1;
         if self.lines.len() >= LINES_FRAME { self.flush() } else { Ok(()) }
@@ -261,7 +262,11 @@ impl Repository {
     }
 
     /// Reads the whole manifest, handing each line over in order, `End` not included.
-    pub async fn read_manifest(&self, backup: BackupId, mut line: impl FnMut(Line) -> Result<()>) -> Result<BackupHead> {
+    pub async fn read_manifest(
+        &self,
+        backup: BackupId,
+        mut line: impl FnMut(Line) -> Result<()>,
+    ) -> Result<BackupHead> {
         let key = layout::manifest(backup);
         let (head, mut at, _) = self.manifest_start(backup).await?;
         let mut hash = aws_lc_rs::digest::Context::new(&aws_lc_rs::digest::SHA256);
@@ -303,8 +308,20 @@ mod tests {
     fn the_checksum_of_a_file_is_that_of_its_joined_regions() {
         let content: Vec<u8> = (0..2_500_000u32).map(|n| (n % 251) as u8).collect();
         let frame = FrameRef { pack: 0, offset: 0, stored: 0, sha256: Sha256::of(b"") };
-        let regions = content.chunks(REGION as usize).map(|part| Region { frame, plain: part.len() as u32, crc: crc32c::crc32c(part) });
-        let mut file = FileEntry { path: "base/1/1".into(), mode: 0o600, owner: None, size: content.len() as u64, mtime: 0, outside: None, regions: regions.collect() };
+        let regions = content.chunks(REGION as usize).map(|part| Region {
+            frame,
+            plain: part.len() as u32,
+            crc: crc32c::crc32c(part),
+        });
+        let mut file = FileEntry {
+            path: "base/1/1".into(),
+            mode: 0o600,
+            owner: None,
+            size: content.len() as u64,
+            mtime: 0,
+            outside: None,
+            regions: regions.collect(),
+        };
         assert_eq!(file.crc32c(), crc32c::crc32c(&content));
         file.regions.clear();
         assert_eq!(file.crc32c(), 0);

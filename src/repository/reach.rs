@@ -118,7 +118,8 @@ impl<'a> View<'a> {
 
     /// The backups that a restore towards this timeline can start from, oldest position first, with how far each gets.
     pub fn usable<'b>(&self, backups: &'b [BackupHead]) -> Vec<(&'b BackupHead, Coverage)> {
-        let mut usable: Vec<_> = backups.iter().filter_map(|backup| Some((backup, self.coverage_of(backup)?))).collect();
+        let mut usable: Vec<_> =
+            backups.iter().filter_map(|backup| Some((backup, self.coverage_of(backup)?))).collect();
         usable.sort_by_key(|(backup, _)| (backup.stop_lsn, backup.backup_id));
         usable
     }
@@ -262,7 +263,8 @@ mod tests {
         let coverage = view.coverage(Lsn(2 * SEGMENT));
         assert_eq!((coverage.through, coverage.gap), (Lsn(4 * SEGMENT), true));
         assert_eq!(coverage.next, SegmentName::new(Timeline(1), 4, size()));
-        let windows = view.windows(&[backup(1, 1, 2 * SEGMENT + 40, 2 * SEGMENT + 80), backup(1, 1, 5 * SEGMENT + 40, 6 * SEGMENT)]);
+        let windows = view
+            .windows(&[backup(1, 1, 2 * SEGMENT + 40, 2 * SEGMENT + 80), backup(1, 1, 5 * SEGMENT + 40, 6 * SEGMENT)]);
         assert_eq!(windows.len(), 2, "one on either side of the gap");
         assert_eq!(windows[0].missing, Some(coverage.next));
         assert_eq!(windows[1].missing, None);

@@ -38,14 +38,15 @@ impl WalIndex {
         self.segments.get(&timeline).into_iter().flatten().map(|(number, place)| (*number, *place))
     }
 
-    /// The history of a timeline; a timeline that has WAL but no history file is a root.
+    /// The history of a timeline. Timeline 1 has no file; any other without one cannot be followed.
     pub fn history(&self, timeline: Timeline) -> Option<History> {
-        let root = || self.segments.contains_key(&timeline).then(|| History::root(timeline));
+        let root = || (timeline == Timeline(1)).then(|| History::root(timeline));
         self.histories.get(&timeline).cloned().or_else(root)
     }
 
-    pub fn has_history_file(&self, timeline: Timeline) -> bool {
-        self.histories.contains_key(&timeline)
+    /// Whether there is WAL or a history file of the timeline.
+    pub fn knows(&self, timeline: Timeline) -> bool {
+        self.segments.contains_key(&timeline) || self.histories.contains_key(&timeline)
     }
 
     /// The timelines that have WAL or a history file.

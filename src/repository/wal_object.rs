@@ -63,7 +63,13 @@ pub struct WalObject {
 
 impl WalObject {
     /// Puts head and frames together. `frames` are the compressed [`FRAME`]-sized cuts of the file.
-    pub fn assemble(name: WalFileName, system_id: SystemId, plain: Plain, frames: Vec<Vec<u8>>, identity: (WriteId, Timestamp)) -> Result<WalObject> {
+    pub fn assemble(
+        name: WalFileName,
+        system_id: SystemId,
+        plain: Plain,
+        frames: Vec<Vec<u8>>,
+        identity: (WriteId, Timestamp),
+    ) -> Result<WalObject> {
         let mut hash = aws_lc_rs::digest::Context::new(&aws_lc_rs::digest::SHA256);
         frames.iter().for_each(|frame| hash.update(frame));
         let mut stored_sha256 = [0; 32];
@@ -93,7 +99,13 @@ impl WalObject {
     }
 
     /// Compresses a small file (history, backup label) as it is.
-    pub fn small(name: WalFileName, system_id: SystemId, content: &[u8], codec: Codec, identity: (WriteId, Timestamp)) -> Result<WalObject> {
+    pub fn small(
+        name: WalFileName,
+        system_id: SystemId,
+        content: &[u8],
+        codec: Codec,
+        identity: (WriteId, Timestamp),
+    ) -> Result<WalObject> {
         let plain = Plain { size: content.len() as u64, sha256: Sha256::of(content), facts: None };
         WalObject::assemble(name, system_id, plain, vec![codec.compress(content)?], identity)
     }

@@ -92,7 +92,11 @@ struct Range {
 }
 
 pub async fn write_files(repository: &Repository, contents: &Contents, data_dir: &Path, events: &Events) -> Result<()> {
-    let paths = contents.files.iter().map(|file| Ok((place_of(data_dir, &file.path)?, file.mode))).collect::<Result<Vec<_>>>()?;
+    let paths = contents
+        .files
+        .iter()
+        .map(|file| Ok((place_of(data_dir, &file.path)?, file.mode)))
+        .collect::<Result<Vec<_>>>()?;
     for (file, (path, mode)) in contents.files.iter().zip(&paths) {
         if file.regions.is_empty() {
             open(path, *mode)?;
@@ -145,13 +149,24 @@ fn ranges(contents: &Contents) -> Vec<Range> {
     ranges
 }
 
-async fn fetch_range(repository: Repository, range: Range, paths: Arc<Vec<(PathBuf, u32)>>, progress: Arc<Progress>) -> Result<()> {
+async fn fetch_range(
+    repository: Repository,
+    range: Range,
+    paths: Arc<Vec<(PathBuf, u32)>>,
+    progress: Arc<Progress>,
+) -> Result<()> {
     let bytes = repository.read_pack(range.pack, range.start..range.end).await?;
     let write = move || write_range(&repository, &range, &bytes, &paths, &progress);
     tokio::task::spawn_blocking(write).await.map_err(|e| Error::internal("a writing thread ended").source(e))?
 }
 
-fn write_range(repository: &Repository, range: &Range, bytes: &Bytes, paths: &[(PathBuf, u32)], progress: &Progress) -> Result<()> {
+fn write_range(
+    repository: &Repository,
+    range: &Range,
+    bytes: &Bytes,
+    paths: &[(PathBuf, u32)],
+    progress: &Progress,
+) -> Result<()> {
     let key = layout::pack(range.pack);
     let mut open_file: Option<(usize, File)> = None;
     for piece in &range.pieces {
@@ -159,11 +174,15 @@ fn write_range(repository: &Repository, range: &Range, bytes: &Bytes, paths: &[(
         let start = (frame.offset - range.start) as usize;
         let stored = &bytes[start..start + frame.stored as usize];
         if Sha256::of(stored) != frame.sha256 {
-            return Err(repository.corrupt(&key, format!("the checksum of the frame at {} does not hold", frame.offset)));
+            return Err(
+                repository.corrupt(&key, format!("the checksum of the frame at {} does not hold", frame.offset))
+            );
         }
         let plain = decompress(stored, piece.region.plain as usize).map_err(|why| repository.corrupt(&key, why))?;
         if crc32c::crc32c(&plain) != piece.region.crc {
-            return Err(repository.corrupt(&key, format!("the frame at {} does not hold what the manifest says", frame.offset)));
+            return Err(
+                repository.corrupt(&key, format!("the frame at {} does not hold what the manifest says", frame.offset))
+            );
         }
         let (path, mode) = &paths[piece.file];
         let file = match open_file.take().filter(|(number, _)| *number == piece.file) {

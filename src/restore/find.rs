@@ -15,7 +15,12 @@ const PARALLEL: usize = 16;
 const STEP: usize = 64;
 
 /// Checks the target against what is reachable. The answer's bounds choose the backup.
-pub async fn locate(repository: &Repository, reachable: &Reachable, target: &Target, inclusive: bool) -> Result<Located> {
+pub async fn locate(
+    repository: &Repository,
+    reachable: &Reachable,
+    target: &Target,
+    inclusive: bool,
+) -> Result<Located> {
     let anywhere = Located::anywhere(target.clone(), inclusive);
     let finder = Finder::new(repository, reachable)?;
     match target {
@@ -41,7 +46,9 @@ impl<'a> Finder<'a> {
         let mut segments: Vec<(SegmentName, Generation)> = view
             .history
             .spans()
-            .flat_map(|(timeline, ..)| view.index.segments(timeline).map(move |(number, place)| (timeline, number, place)))
+            .flat_map(|(timeline, ..)| {
+                view.index.segments(timeline).map(move |(number, place)| (timeline, number, place))
+            })
             .filter(|(timeline, number, _)| view.is_on_the_way(*timeline, *number))
             .map(|(timeline, number, place)| (SegmentName::new(timeline, number, size), place.generation))
             .collect();
@@ -104,7 +111,9 @@ impl<'a> Finder<'a> {
     }
 
     async fn name(&self, name: &str, anywhere: Located) -> Result<Located> {
-        let found = self.search(|_, head| head.restore_points.iter().rev().find(|point| point.name == name).map(|point| point.lsn)).await?;
+        let found = self
+            .search(|_, head| head.restore_points.iter().rev().find(|point| point.name == name).map(|point| point.lsn))
+            .await?;
         match found {
             Some(lsn) => Ok(Located { not_after: Some(lsn), through: Some(lsn), ..anywhere }),
             None => Err(self.unreachable(&Target::Name(name.to_owned()))?),
@@ -147,7 +156,6 @@ impl<'a> Finder<'a> {
 
 /// A note about a target that was taken for another.
 pub fn note(asked: &Target, located: &Located) -> Option<(Level, String)> {
-    (*asked != located.target).then(|| {
-        (Level::Info, format!("nothing was committed after {asked}: restoring {}", located.target))
-    })
+    (*asked != located.target)
+        .then(|| (Level::Info, format!("nothing was committed after {asked}: restoring {}", located.target)))
 }

@@ -36,12 +36,20 @@ impl Tablespaces {
             }
             let target = mapped.map_or_else(|| PathBuf::from(location), |(_, target)| target.clone());
             if !target.is_absolute() {
-                return Err(Error::usage(format!("tablespace {}: {} is not an absolute path", tablespace.oid, target.display())));
+                return Err(Error::usage(format!(
+                    "tablespace {}: {} is not an absolute path",
+                    tablespace.oid,
+                    target.display()
+                )));
             }
             links.insert(tablespace.oid, target);
         }
         if let Some(unused) = map.keys().find(|key| !used.contains(key)) {
-            let known: Vec<_> = backup.tablespaces.iter().filter_map(|t| Some(format!("{} ({})", t.oid, t.location.as_ref()?))).collect();
+            let known: Vec<_> = backup
+                .tablespaces
+                .iter()
+                .filter_map(|t| Some(format!("{} ({})", t.oid, t.location.as_ref()?)))
+                .collect();
             return Err(Error::usage(format!("the backup has no tablespace '{unused}'; it has: {}", known.join(", "))));
         }
         Ok(Tablespaces { links })
@@ -51,8 +59,13 @@ impl Tablespaces {
     pub fn check(&self, force: bool) -> Result<()> {
         for (oid, directory) in &self.links {
             if !force && !is_vacant(directory)? && !holds_only_an_unfinished_restore(directory)? {
-                return Err(Error::refused(format!("the directory of tablespace {oid}, {}, is not empty", directory.display()))
-                    .hint(format!("send it elsewhere with --tablespace {oid}=/new/directory, or add --force to delete what is in it")));
+                return Err(Error::refused(format!(
+                    "the directory of tablespace {oid}, {}, is not empty",
+                    directory.display()
+                ))
+                .hint(format!(
+                    "send it elsewhere with --tablespace {oid}=/new/directory, or add --force to delete what is in it"
+                )));
             }
         }
         Ok(())
@@ -77,7 +90,8 @@ impl Tablespaces {
 
     /// The file from which the server makes the links anew (`read_tablespace_map` in xlogrecovery.c).
     pub fn map_file(&self) -> Option<String> {
-        let escaped = |path: &Path| path.to_string_lossy().replace('\\', "\\\\").replace('\n', "\\\n").replace('\r', "\\\r");
+        let escaped =
+            |path: &Path| path.to_string_lossy().replace('\\', "\\\\").replace('\n', "\\\n").replace('\r', "\\\r");
         let lines = self.links.iter().map(|(oid, path)| format!("{oid} {}\n", escaped(path)));
         (!self.links.is_empty()).then(|| lines.collect())
     }
@@ -133,7 +147,10 @@ pub fn set_mode(path: &Path, mode: u32) -> Result<()> {
 pub fn inside(data_dir: &Path, path: &str) -> Result<PathBuf> {
     let plain = |part: std::path::Component| matches!(part, std::path::Component::Normal(_));
     if path.is_empty() || !Path::new(path).components().all(plain) {
-        return Err(Error::damaged(format!("the manifest names a path outside the data directory: '{}'", path.escape_debug())));
+        return Err(Error::damaged(format!(
+            "the manifest names a path outside the data directory: '{}'",
+            path.escape_debug()
+        )));
     }
     Ok(data_dir.join(path))
 }

@@ -19,8 +19,8 @@ use crate::events::{Event, Events};
 use crate::model::{BackupId, Generation, Timeline};
 use crate::postgres::data_dir::{OWN_DIR, RESTORE_MARKER};
 use crate::postgres::{PostmasterFile, is_vacant};
-use crate::repository::{Repository, Writer};
 use crate::repository::manifest::BackupHead;
+use crate::repository::{Repository, Writer};
 
 pub use plan::{Choice, Reachable};
 pub use recovery::RecoverySettings;
@@ -64,7 +64,12 @@ pub async fn run(repository: &Repository, options: &Options, events: &Events) ->
         events.emit(Event::Note { level, text });
     }
     let backup = choice.backup.clone();
-    events.emit(Event::RestorePlanned { backup: backup.backup_id, files: backup.files, bytes: backup.bytes, target: choice.describe() });
+    events.emit(Event::RestorePlanned {
+        backup: backup.backup_id,
+        files: backup.files,
+        bytes: backup.bytes,
+        target: choice.describe(),
+    });
 
     let mut contents = fetch::Contents::read(repository, backup.backup_id).await?;
     let tablespaces = layout::Tablespaces::map(&backup, &options.tablespace_map)?;
@@ -82,7 +87,11 @@ pub async fn run(repository: &Repository, options: &Options, events: &Events) ->
         writer.save(&options.data_dir.join(OWN_DIR))?;
     }
     finish(&options.data_dir, &tablespaces)?;
-    events.emit(Event::RestoreDone { backup: backup.backup_id, bytes: backup.bytes, elapsed: repository.clock().monotonic() - began });
+    events.emit(Event::RestoreDone {
+        backup: backup.backup_id,
+        bytes: backup.bytes,
+        elapsed: repository.clock().monotonic() - began,
+    });
     Ok(Restored { backup, choice })
 }
 
@@ -95,7 +104,8 @@ pub async fn choose(repository: &Repository, options: &Options) -> Result<Choice
 
 fn check_directory(data_dir: &Path, force: bool) -> Result<()> {
     if PostmasterFile::read(data_dir)?.is_some_and(|file| file.is_alive()) {
-        return Err(Error::refused(format!("a server is running in {}", data_dir.display())).hint("stop it, or restore to another directory"));
+        return Err(Error::refused(format!("a server is running in {}", data_dir.display()))
+            .hint("stop it, or restore to another directory"));
     }
     let unfinished = data_dir.join(RESTORE_MARKER).is_file();
     if unfinished || force || is_vacant(data_dir)? {

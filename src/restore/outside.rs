@@ -47,7 +47,9 @@ pub fn make_directories(contents: &Contents, data_dir: &Path) -> Result<()> {
 /// Takes the settings that name the old places out of the restored `postgresql.conf`: with them the server would start
 /// in a directory of the machine that is gone. The entry then describes the file as it is.
 pub fn adapt(contents: &mut Contents, data_dir: &Path) -> Result<()> {
-    let Some(main) = contents.files.iter_mut().find(|file| file.outside.is_some() && file.path == MAIN) else { return Ok(()) };
+    let Some(main) = contents.files.iter_mut().find(|file| file.outside.is_some() && file.path == MAIN) else {
+        return Ok(());
+    };
     let path = data_dir.join(MAIN);
     let text = std::fs::read_to_string(&path).on("read", &path)?;
     let settings: Vec<(&str, Option<String>)> = PLACES.iter().map(|name| (*name, None)).collect();

@@ -27,11 +27,17 @@ fn text(backup: &BackupHead, files: &[FileEntry], tablespaces: &Tablespaces) -> 
         let _ = writeln!(text, "\"System-Identifier\": {},", backup.system_id);
     }
     text.push_str("\"Files\": [");
-    let made = [Some(("backup_label", backup.backup_label.clone())), tablespaces.map_file().map(|map| ("tablespace_map", map))];
-    let made = made.into_iter().flatten().map(|(path, content)| (path.to_owned(), content.len() as u64, backup.stopped_at, crc32c::crc32c(content.as_bytes())));
+    let made = [
+        Some(("backup_label", backup.backup_label.clone())),
+        tablespaces.map_file().map(|map| ("tablespace_map", map)),
+    ];
+    let made = made.into_iter().flatten().map(|(path, content)| {
+        (path.to_owned(), content.len() as u64, backup.stopped_at, crc32c::crc32c(content.as_bytes()))
+    });
     // The tool passes over postgresql.auto.conf, which a restore edits.
     let restored = files.iter().filter(|file| file.path != AUTO_CONF);
-    let restored = restored.map(|file| (file.path.clone(), file.size, Timestamp::from_unix_micros(file.mtime * 1_000_000), file.crc32c()));
+    let restored = restored
+        .map(|file| (file.path.clone(), file.size, Timestamp::from_unix_micros(file.mtime * 1_000_000), file.crc32c()));
     for (number, (path, size, modified, crc)) in made.chain(restored).enumerate() {
         let separator = if number == 0 { "\n" } else { ",\n" };
         let path = serde_json::Value::String(path);

@@ -4,7 +4,8 @@ use crate::error::{Error, Result};
 use crate::model::{BackupId, Generation, Lsn, Timeline, Timestamp};
 use crate::repository::manifest::BackupHead;
 use crate::repository::reach::{Coverage, View, Window};
-use crate::repository::{Lineage, Repository, WalIndex};
+use crate::repository::{Lineage, Repository, WalIndex, layout};
+use crate::wal::WalFileName;
 
 use super::target::Target;
 
@@ -18,7 +19,11 @@ pub struct Reachable {
 }
 
 impl Reachable {
-    pub async fn read(repository: &Repository, generation: Option<Generation>, timeline: Option<Timeline>) -> Result<Reachable> {
+    pub async fn read(
+        repository: &Repository,
+        generation: Option<Generation>,
+        timeline: Option<Timeline>,
+    ) -> Result<Reachable> {
         let tip = match generation {
             Some(generation) => generation,
             None => repository.newest_generation().await?.ok_or_else(|| nothing(repository))?,
@@ -31,13 +36,21 @@ impl Reachable {
         let index = repository.wal_index(&lineage).await?;
         let backups = repository.backups().await?;
         let timeline = match timeline {
-            Some(timeline) if index.history(timeline).is_none() => {
-                return Err(Error::not_found(format!("generation {tip} and its ancestors have no timeline {timeline}"))
-                    .hint("`perennial list` shows the generations and their timelines"));
+            Some(timeline) if !index.knows(timeline) => {
+                return Err(Error::not_found(format!(
+                    "generation {tip} and its ancestors have no timeline {timeline}"
+                ))
+                .hint("`perennial list` shows the generations and their timelines"));
             }
             Some(timeline) => timeline,
             None => index.newest_timeline().ok_or_else(|| nothing(repository))?,
         };
+        if index.history(timeline).is_none() {
+            let name = WalFileName::History(timeline);
+            return Err(repository
+                .missing(&layout::wal_file(tip, name))
+                .context(format!("WAL of timeline {timeline} cannot be followed")));
+        }
         Ok(Reachable { lineage, index, backups, timeline })
     }
 
@@ -52,8 +65,11 @@ impl Reachable {
 }
 
 fn nothing(repository: &Repository) -> Error {
-    Error::not_found(format!("{} holds no backup that could be restored: nothing was ever archived", repository.address()))
-        .hint("start a new cluster with `perennial run URL -D DIR --init`")
+    Error::not_found(format!(
+        "{} holds no backup that could be restored: nothing was ever archived",
+        repository.address()
+    ))
+    .hint("start a new cluster with `perennial run URL -D DIR --init`")
 }
 
 /// A target whose place in WAL is known.
@@ -115,7 +131,7 @@ pub fn choose(reachable: &Reachable, backup: Option<BackupId>, located: &Located
     let best = match located.target {
         // A gap may leave an older backup with less WAL behind it: the newest state is the one furthest on.
         Target::Newest => candidates.filter(reaches).max_by_key(|(head, coverage)| (coverage.through, head.stop_lsn)),
-        _ => candidates.filter(reaches).next_back(),
+        _ => candidates.rfind(reaches),
     };
     let (head, coverage) = best.ok_or_else(|| unreachable(&view.windows(&reachable.backups), &located.target))?;
     if located.target == Target::Newest && coverage.gap {
@@ -123,7 +139,10 @@ pub fn choose(reachable: &Reachable, backup: Option<BackupId>, located: &Located
             "the newest state cannot be reached: {} is missing and WAL goes on after it",
             coverage.next
         ))
-        .hint(format!("bring the object back, or restore to the point before the gap: --to-lsn {}", coverage.through)));
+        .hint(format!(
+            "bring the object back, or restore to the point before the gap: --to-lsn {}",
+            coverage.through
+        )));
     }
     Ok(Choice {
         backup: (*head).clone(),
@@ -158,6 +177,10 @@ pub fn unreachable(windows: &[Window], target: &Target) -> Error {
         .iter()
         .map(|window| format!("{} ({}) to {}", window.from, window.from_time.short(), window.through))
         .collect();
-    Error::not_found(format!("{target} cannot be reached; reachable on timeline {}: {}", windows.first().map_or(0, |w| w.timeline.0), stretches.join("; ")))
-        .hint("`perennial list` shows every generation's reachable window; choose another with --generation and --timeline")
+    Error::not_found(format!(
+        "{target} cannot be reached; reachable on timeline {}: {}",
+        windows.first().map_or(0, |w| w.timeline.0),
+        stretches.join("; ")
+    ))
+    .hint("`perennial list` shows every generation's reachable window; choose another with --generation and --timeline")
 }

@@ -38,12 +38,19 @@ pub fn settings(choice: &Choice, options: &Options) -> RecoverySettings {
         ("recovery_target_name", name),
         ("recovery_target_inclusive", value(inclusive, choice.located.inclusive.to_string())),
         ("recovery_target_timeline", Some(choice.timeline.to_string())),
-        ("recovery_target_action", value(targeted || options.action != Action::Promote, options.action.setting().to_owned())),
+        (
+            "recovery_target_action",
+            value(targeted || options.action != Action::Promote, options.action.setting().to_owned()),
+        ),
         ("recovery_end_command", None),
         ("archive_cleanup_command", None),
         ("primary_conninfo", None),
         ("primary_slot_name", None),
     ];
+    if choice.backup.tablespaces.iter().any(|tablespace| tablespace.location.is_none()) {
+        // Without it recovery ends at a directory where it expects a link.
+        settings.push(("allow_in_place_tablespaces", Some("on".to_owned())));
+    }
     if !options.keep_archiving {
         // A copy that archives would open a generation and be taken for the database by the next machine.
         settings.push(("archive_mode", Some("off".to_owned())));
@@ -62,7 +69,12 @@ fn fetch_command(choice: &Choice, options: &Options) -> String {
     conf::wal_command(&words, &["%f", "%p"])
 }
 
-pub fn write(data_dir: &Path, backup: &BackupHead, tablespaces: &Tablespaces, settings: &RecoverySettings) -> Result<()> {
+pub fn write(
+    data_dir: &Path,
+    backup: &BackupHead,
+    tablespaces: &Tablespaces,
+    settings: &RecoverySettings,
+) -> Result<()> {
     disk::durable_write(&data_dir.join("backup_label"), backup.backup_label.as_bytes(), 0o600)?;
     if let Some(map) = tablespaces.map_file() {
         disk::durable_write(&data_dir.join("tablespace_map"), map.as_bytes(), 0o600)?;

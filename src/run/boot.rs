@@ -56,13 +56,22 @@ pub enum Decision {
     /// Make a new cluster.
     Init,
     /// Bring the newest generation's state back.
-    Restore { newest: Claim },
+    Restore {
+        newest: Claim,
+    },
     /// Go on with the directory.
-    Resume { newest: Claim },
+    Resume {
+        newest: Claim,
+    },
     /// Go on with a directory that has no note: a child of `parent`.
-    Adopt { newest: Option<Claim>, parent: Option<Generation> },
+    Adopt {
+        newest: Option<Claim>,
+        parent: Option<Generation>,
+    },
     /// Another machine has begun and its first backup is not there yet.
-    Wait { holder: Claim },
+    Wait {
+        holder: Claim,
+    },
     Refuse(Refusal),
 }
 
@@ -85,12 +94,26 @@ impl fmt::Display for Decision {
         match self {
             Decision::Init => f.write_str("the repository is new: making a new cluster"),
             Decision::Restore { newest } => {
-                write!(f, "restoring the newest state, generation {} (started by {} at {})", newest.generation, newest.host, newest.claimed_at.short())
+                write!(
+                    f,
+                    "restoring the newest state, generation {} (started by {} at {})",
+                    newest.generation,
+                    newest.host,
+                    newest.claimed_at.short()
+                )
             }
-            Decision::Resume { newest } => write!(f, "going on with the local directory, generation {}", newest.generation),
+            Decision::Resume { newest } => {
+                write!(f, "going on with the local directory, generation {}", newest.generation)
+            }
             Decision::Adopt { .. } => f.write_str("taking the local directory over"),
             Decision::Wait { holder } => {
-                write!(f, "waiting for the first backup of generation {} (started by {} at {})", holder.generation, holder.host, holder.claimed_at.short())
+                write!(
+                    f,
+                    "waiting for the first backup of generation {} (started by {} at {})",
+                    holder.generation,
+                    holder.host,
+                    holder.claimed_at.short()
+                )
             }
             Decision::Refuse(refusal) => write!(f, "refused: {}", refusal.why),
         }
@@ -128,7 +151,11 @@ pub fn decide(facts: &Facts) -> Decision {
 fn nothing_to_restore(facts: &Facts) -> Decision {
     refuse(
         Kind::NotFound,
-        format!("{} holds no database: {}", facts.address, if facts.bucket == Bucket::Empty { "the place is empty" } else { "no server was ever started on it" }),
+        format!(
+            "{} holds no database: {}",
+            facts.address,
+            if facts.bucket == Bucket::Empty { "the place is empty" } else { "no server was ever started on it" }
+        ),
         "check the address; if this is to be a new database, add --init".to_owned(),
     )
 }
@@ -151,14 +178,20 @@ fn ours(facts: &Facts, generation: Generation, writer_id: WriteId, behind: Optio
                 newest.generation,
                 newest.claimed_at.short()
             ),
-            format!("to follow it, move the directory aside (mv '{0}' '{0}.old') and start again: the newest state is restored", facts.data_dir),
+            format!(
+                "to follow it, move the directory aside (mv '{0}' '{0}.old') and start again: the newest state is restored",
+                facts.data_dir
+            ),
         );
     }
     match behind {
         Some(why) => refuse(
             Kind::Refused,
             format!("{} is older than what it archived: {why}", facts.data_dir),
-            format!("the disk went back in time. Move the directory aside (mv '{0}' '{0}.old') and start again: the newest state is restored", facts.data_dir),
+            format!(
+                "the disk went back in time. Move the directory aside (mv '{0}' '{0}.old') and start again: the newest state is restored",
+                facts.data_dir
+            ),
         ),
         None => Decision::Resume { newest: newest.clone() },
     }
@@ -166,15 +199,23 @@ fn ours(facts: &Facts, generation: Generation, writer_id: WriteId, behind: Optio
 
 fn unclaimed(facts: &Facts, system_id: SystemId, origin: Option<Generation>, bucket: &Bucket) -> Decision {
     match bucket {
-        Bucket::Empty | Bucket::Unused { .. } if facts.init || facts.adopt => Decision::Adopt { newest: None, parent: None },
+        Bucket::Empty | Bucket::Unused { .. } if facts.init || facts.adopt => {
+            Decision::Adopt { newest: None, parent: None }
+        }
         Bucket::Empty | Bucket::Unused { .. } => refuse(
             Kind::Refused,
-            format!("{} is a cluster that was not run by perennial before, and {} is new", facts.data_dir, facts.address),
+            format!(
+                "{} is a cluster that was not run by perennial before, and {} is new",
+                facts.data_dir, facts.address
+            ),
             "to protect it in this repository from now on, add --adopt".to_owned(),
         ),
         Bucket::Used { newest, .. } if newest.system_id != system_id => refuse(
             Kind::Refused,
-            format!("{} is another cluster (system identifier {system_id}) than the one at {} ({})", facts.data_dir, facts.address, newest.system_id),
+            format!(
+                "{} is another cluster (system identifier {system_id}) than the one at {} ({})",
+                facts.data_dir, facts.address, newest.system_id
+            ),
             "give each cluster a repository of its own".to_owned(),
         ),
         Bucket::Used { newest, .. } if facts.adopt => {
@@ -189,7 +230,8 @@ fn unclaimed(facts: &Facts, system_id: SystemId, origin: Option<Generation>, buc
                 newest.host,
                 newest.claimed_at.short()
             ),
-            "to make the copy the database from now on, add --adopt; to get the newest state, use an empty directory".to_owned(),
+            "to make the copy the database from now on, add --adopt; to get the newest state, use an empty directory"
+                .to_owned(),
         ),
     }
 }
@@ -251,7 +293,12 @@ mod tests {
     }
 
     fn ours(generation: u32) -> Directory {
-        Directory::Ours { repository_id: REPOSITORY, generation: Generation(generation), writer_id: WriteId([generation as u8; 16]), behind: None }
+        Directory::Ours {
+            repository_id: REPOSITORY,
+            generation: Generation(generation),
+            writer_id: WriteId([generation as u8; 16]),
+            behind: None,
+        }
     }
 
     fn decided(directory: Directory, bucket: Bucket, flags: &str) -> Decision {
@@ -304,7 +351,12 @@ mod tests {
 
     #[test]
     fn a_disk_that_went_back_in_time_is_not_started() {
-        let directory = Directory::Ours { repository_id: REPOSITORY, generation: Generation(3), writer_id: WriteId([3; 16]), behind: Some("…".to_owned()) };
+        let directory = Directory::Ours {
+            repository_id: REPOSITORY,
+            generation: Generation(3),
+            writer_id: WriteId([3; 16]),
+            behind: Some("…".to_owned()),
+        };
         assert!(is_refused(&decided(directory, used(3, true), "adopt"), Kind::Refused));
     }
 

@@ -17,7 +17,11 @@ use crate::restore::Reachable;
 use crate::storage::Store;
 use crate::wal::{SegmentName, WalFileName};
 
-pub(super) async fn gather(store: Arc<dyn Store>, options: &Options, clock: &Clock) -> Result<(Option<Repository>, Facts)> {
+pub(super) async fn gather(
+    store: Arc<dyn Store>,
+    options: &Options,
+    clock: &Clock,
+) -> Result<(Option<Repository>, Facts)> {
     let address = store.url("").trim_end_matches('/').to_owned();
     let repository = match Repository::find(store, clock).await? {
         Found::Repository(repository) => Some(repository),
@@ -87,9 +91,16 @@ async fn look_at(data_dir: &Path, repository: Option<&Repository>) -> Result<Dir
 }
 
 /// Whether the archive has WAL of this generation that the directory does not continue: then its disk was put back.
-async fn behind(repository: &Repository, data_dir: &Path, control: &ControlFile, writer: &Writer) -> Result<Option<String>> {
+async fn behind(
+    repository: &Repository,
+    data_dir: &Path,
+    control: &ControlFile,
+    writer: &Writer,
+) -> Result<Option<String>> {
     // A directory still in recovery reads the archive itself.
-    if matches!(control.state, State::InArchiveRecovery | State::ShutDownInRecovery) || data_dir.join("recovery.signal").is_file() {
+    if matches!(control.state, State::InArchiveRecovery | State::ShutDownInRecovery)
+        || data_dir.join("recovery.signal").is_file()
+    {
         return Ok(None);
     }
     let generation = writer.claim.generation;
@@ -99,7 +110,9 @@ async fn behind(repository: &Repository, data_dir: &Path, control: &ControlFile,
     if timeline > control.timeline {
         return Ok(Some(format!("the archive is on timeline {timeline}, the directory on {}", control.timeline)));
     }
-    let Some((number, _)) = index.segments(timeline).next_back().filter(|_| timeline == control.timeline) else { return Ok(None) };
+    let Some((number, _)) = index.segments(timeline).next_back().filter(|_| timeline == control.timeline) else {
+        return Ok(None);
+    };
     let size = control.segment_size;
     if control.checkpoint >= size.start_of(number + 1) {
         return Ok(None);
@@ -111,6 +124,8 @@ async fn behind(repository: &Repository, data_dir: &Path, control: &ControlFile,
     match local {
         Some(bytes) if Sha256::of(&bytes) == head.sha256 => Ok(None),
         Some(_) => Ok(Some(format!("the local {name} is not the one that was archived"))),
-        None => Ok(Some(format!("{name} was archived, and the directory's last checkpoint is at {}", control.checkpoint))),
+        None => {
+            Ok(Some(format!("{name} was archived, and the directory's last checkpoint is at {}", control.checkpoint)))
+        }
     }
 }

@@ -68,7 +68,11 @@ mod tests {
 
     #[test]
     fn the_line_is_found_in_any_kind_of_user_data() {
-        for text in ["PERENNIAL_REPO=s3://b/db", "#!/bin/sh\nexport PERENNIAL_REPO='s3://b/db'\n", "#cloud-config\n  PERENNIAL_REPO=\"s3://b/db\"\n"] {
+        for text in [
+            "PERENNIAL_REPO=s3://b/db",
+            "#!/bin/sh\nexport PERENNIAL_REPO='s3://b/db'\n",
+            "#cloud-config\n  PERENNIAL_REPO=\"s3://b/db\"\n",
+        ] {
             assert_eq!(from_user_data(text).as_deref(), Some("s3://b/db"), "{text:?}");
         }
         assert_eq!(from_user_data("nothing"), None);

@@ -11,6 +11,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::archive::claim::push_history;
 use crate::archive::push::Pusher;
 use crate::clock::Clock;
 use crate::disk;
@@ -90,8 +91,12 @@ async fn take_over(store: Arc<dyn Store>, options: &Options, clock: &Clock, even
             }
             Decision::Init => machine.init().await?,
             Decision::Restore { newest } => machine.restore(found, newest).await?,
-            Decision::Resume { newest } => machine.go_on(found, Some(newest.generation), Some(newest.generation)).await?,
-            Decision::Adopt { newest, parent } => machine.go_on(found, newest.map(|claim| claim.generation), parent).await?,
+            Decision::Resume { newest } => {
+                machine.go_on(found, Some(newest.generation), Some(newest.generation)).await?
+            }
+            Decision::Adopt { newest, parent } => {
+                machine.go_on(found, newest.map(|claim| claim.generation), parent).await?
+            }
         };
         match writer {
             Some(writer) => return Ok(writer),
@@ -137,7 +142,9 @@ impl Machine<'_> {
         };
         // Found before the claim: a machine that cannot run the server must not take it from one that can.
         self.install(Some(newest.pg_major))?;
-        let Some(claim) = repository.try_claim(Some(newest.generation), Some(newest.generation), &new).await? else { return Ok(None) };
+        let Some(claim) = repository.try_claim(Some(newest.generation), Some(newest.generation), &new).await? else {
+            return Ok(None);
+        };
         self.tell(&claim);
         let writer = Writer::new(&repository, claim);
         let restore = restore::Options {
@@ -159,7 +166,12 @@ impl Machine<'_> {
     }
 
     /// Claims for the directory as it is.
-    async fn go_on(&self, repository: Option<Repository>, newest: Option<Generation>, parent: Option<Generation>) -> Result<Option<Writer>> {
+    async fn go_on(
+        &self,
+        repository: Option<Repository>,
+        newest: Option<Generation>,
+        parent: Option<Generation>,
+    ) -> Result<Option<Writer>> {
         let repository = match repository {
             Some(repository) => repository,
             None => Repository::init(Arc::clone(&self.store), self.options.codec, self.clock).await?.0,
@@ -168,7 +180,12 @@ impl Machine<'_> {
         self.claim_directory(&repository, newest, parent).await
     }
 
-    async fn claim_directory(&self, repository: &Repository, newest: Option<Generation>, parent: Option<Generation>) -> Result<Option<Writer>> {
+    async fn claim_directory(
+        &self,
+        repository: &Repository,
+        newest: Option<Generation>,
+        parent: Option<Generation>,
+    ) -> Result<Option<Writer>> {
         let version = version_of(&self.options.data_dir)?;
         let control = ControlFile::read(&self.options.data_dir, version)?;
         let new = NewWriter {
@@ -180,6 +197,7 @@ impl Machine<'_> {
         let Some(claim) = repository.try_claim(newest, parent, &new).await? else { return Ok(None) };
         self.tell(&claim);
         let writer = Writer::new(repository, claim);
+        push_history(repository, &writer, &self.options.data_dir, self.events).await?;
         writer.save(&self.options.data_dir.join(OWN_DIR))?;
         Ok(Some(writer))
     }

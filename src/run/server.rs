@@ -20,7 +20,8 @@ pub(super) fn command(options: &Options, install: &Install) -> Result<ServerComm
         .map_err(|e| Error::local(format!("could not resolve {}", options.data_dir.display()), e))?;
     let wal_level = install.configured(&data_dir, &options.postgres_options, "wal_level")?;
     if wal_level == "minimal" {
-        return Err(Error::refused("wal_level is minimal: such WAL cannot be archived").hint("set wal_level = replica (the default) in postgresql.conf"));
+        return Err(Error::refused("wal_level is minimal: such WAL cannot be archived")
+            .hint("set wal_level = replica (the default) in postgresql.conf"));
     }
     let mut arguments: Vec<OsString> = vec!["-D".into(), data_dir.clone().into()];
     arguments.extend(options.postgres_options.iter().map(OsString::from));
@@ -46,7 +47,11 @@ pub(super) fn is_recovering(data_dir: &Path) -> bool {
 }
 
 /// Waits until the server has recovered and accepts connections; `None` when it ended instead.
-pub(super) async fn wait_until_ready(server: &Postmaster, data_dir: &Path, clock: &Clock) -> Result<Option<PostmasterFile>> {
+pub(super) async fn wait_until_ready(
+    server: &Postmaster,
+    data_dir: &Path,
+    clock: &Clock,
+) -> Result<Option<PostmasterFile>> {
     loop {
         if server.has_ended().is_some() {
             return Ok(None);

@@ -23,7 +23,9 @@ pub(super) async fn supervise(options: &Options, pusher: &Pusher, events: &Event
     let install = Install::find(options.pg_bindir.as_deref(), options.search_path.as_deref(), Some(version.major))?;
     let command = server::command(options, &install)?;
     let mut signals = Signals::new()?;
-    events.emit(Event::ServerStarting { command: format!("{} -D {}", command.program.display(), options.data_dir.display()) });
+    events.emit(Event::ServerStarting {
+        command: format!("{} -D {}", command.program.display(), options.data_dir.display()),
+    });
     let mut server = Postmaster::start(&command)?;
     let running = server.clone();
     let care = care(options, pusher, &running, events);
@@ -87,7 +89,8 @@ async fn watch_archive(options: &Options, pusher: &Pusher, events: &Events) {
         clock.sleep(WATCH).await;
         let oldest = ready_files(&options.data_dir).ok().and_then(|files| files.into_iter().map(|(_, at)| at).min());
         let now = Duration::from_micros(clock.now().unix_micros().max(0) as u64);
-        let waited = oldest.and_then(|at| at.duration_since(SystemTime::UNIX_EPOCH).ok()).map(|at| now.saturating_sub(at));
+        let waited =
+            oldest.and_then(|at| at.duration_since(SystemTime::UNIX_EPOCH).ok()).map(|at| now.saturating_sub(at));
         if let Some(behind) = waited.filter(|waited| *waited > limit && clock.monotonic() - told > limit) {
             told = clock.monotonic();
             events.emit(Event::ArchiveLags { behind, newest: None });

@@ -8,7 +8,10 @@ use async_trait::async_trait;
 use futures::stream::BoxStream;
 use futures::{StreamExt, TryStreamExt};
 use object_store::path::Path;
-use object_store::{Attribute, Attributes, GetOptions, GetRange, ObjectStore, ObjectStoreExt, PutMode, PutOptions, PutPayload, RetryConfig};
+use object_store::{
+    Attribute, Attributes, GetOptions, GetRange, ObjectStore, ObjectStoreExt, PutMode, PutOptions, PutPayload,
+    RetryConfig,
+};
 
 use super::failure::{Meaning, meaning};
 use super::{Body, Chunk, Created, Entry, Level, Location, Store};
@@ -182,7 +185,8 @@ pub(super) fn no_retries() -> RetryConfig {
 }
 
 pub(super) fn open_google(location: &Location, bucket: &str, settings: &[(String, String)]) -> Result<Adapter> {
-    let mut builder = object_store::gcp::GoogleCloudStorageBuilder::new().with_bucket_name(bucket).with_retry(no_retries());
+    let mut builder =
+        object_store::gcp::GoogleCloudStorageBuilder::new().with_bucket_name(bucket).with_retry(no_retries());
     for (name, value) in settings {
         if let Ok(key) = name.to_ascii_lowercase().parse() {
             builder = builder.with_config(key, value);
@@ -193,7 +197,8 @@ pub(super) fn open_google(location: &Location, bucket: &str, settings: &[(String
 }
 
 pub(super) fn open_azure(location: &Location, container: &str, settings: &[(String, String)]) -> Result<Adapter> {
-    let mut builder = object_store::azure::MicrosoftAzureBuilder::new().with_container_name(container).with_retry(no_retries());
+    let mut builder =
+        object_store::azure::MicrosoftAzureBuilder::new().with_container_name(container).with_retry(no_retries());
     for (name, value) in settings {
         if let Ok(key) = name.to_ascii_lowercase().parse() {
             builder = builder.with_config(key, value);

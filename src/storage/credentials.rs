@@ -80,7 +80,8 @@ pub(super) fn profile_setting(settings: &S3Settings, name: &str) -> Option<Strin
     settings.profile_files().iter().find_map(|path| {
         let text = std::fs::read_to_string(path).ok()?;
         let section = text.lines().map(str::trim).skip_while(|line| !headers.iter().any(|header| header == line));
-        let mut pairs = section.skip(1).take_while(|line| !line.starts_with('[')).filter_map(|line| line.split_once('='));
+        let mut pairs =
+            section.skip(1).take_while(|line| !line.starts_with('[')).filter_map(|line| line.split_once('='));
         pairs.find(|(key, _)| key.trim() == name).map(|(_, value)| value.trim().to_owned())
     })
 }
@@ -115,7 +116,11 @@ impl HttpSend for Http {
 struct Commands;
 
 impl CommandExecute for Commands {
-    async fn command_execute<'a>(&'a self, program: &'a str, args: &'a [&'a str]) -> reqsign_core::Result<CommandOutput> {
+    async fn command_execute<'a>(
+        &'a self,
+        program: &'a str,
+        args: &'a [&'a str],
+    ) -> reqsign_core::Result<CommandOutput> {
         let output = tokio::process::Command::new(program)
             .args(args)
             .output()
@@ -141,7 +146,9 @@ mod tests {
 
     #[test]
     fn a_profile_brings_its_region_and_endpoint() {
-        let (_home, settings) = home_with("[default]\nregion = us-west-2\n\n[profile work]\nregion = eu-north-1\nendpoint_url = https://s3.example\n[profile other]\nregion = x\n");
+        let (_home, settings) = home_with(
+            "[default]\nregion = us-west-2\n\n[profile work]\nregion = eu-north-1\nendpoint_url = https://s3.example\n[profile other]\nregion = x\n",
+        );
         assert_eq!(profile_setting(&settings, "region").as_deref(), Some("eu-north-1"));
         assert_eq!(profile_setting(&settings, "endpoint_url").as_deref(), Some("https://s3.example"));
         assert_eq!(profile_setting(&settings, "nothing"), None);

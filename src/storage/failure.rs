@@ -33,11 +33,16 @@ pub(super) fn meaning(raw: Raw, url: &str, local: bool) -> Meaning {
         // A proxy's or a wrong server's 404 says nothing about the object.
         Raw::NotFound { .. } => {
             return Meaning::Failed(
-                Error::new(Kind::Unreachable, format!("{url}: got 404 without the store's own word that the object is absent: {}", brief(&text)))
-                    .hint("check that the endpoint is the object store itself"),
+                Error::new(
+                    Kind::Unreachable,
+                    format!("{url}: got 404 without the store's own word that the object is absent: {}", brief(&text)),
+                )
+                .hint("check that the endpoint is the object store itself"),
             );
         }
-        Raw::AlreadyExists { .. } if !says(&text, &["ConditionalRequestConflict", "OperationAborted"]) && !is_bare_409(&text) => {
+        Raw::AlreadyExists { .. }
+            if !says(&text, &["ConditionalRequestConflict", "OperationAborted"]) && !is_bare_409(&text) =>
+        {
             return Meaning::Taken;
         }
         _ => (),
@@ -65,7 +70,12 @@ fn failure(text: &str, url: &str) -> Error {
             "set the clock (`timedatectl set-ntp true`) and run the command again",
         ),
         (
-            &["AuthorizationHeaderMalformed", "PermanentRedirect", "IllegalLocationConstraint", "incorrectly configured region"],
+            &[
+                "AuthorizationHeaderMalformed",
+                "PermanentRedirect",
+                "IllegalLocationConstraint",
+                "incorrectly configured region",
+            ],
             Kind::Refused,
             "the bucket is in another region",
             "set AWS_REGION to the bucket's region (`aws s3api get-bucket-location --bucket NAME`)",
@@ -83,13 +93,26 @@ fn failure(text: &str, url: &str) -> Error {
             "allow kms:GenerateDataKey and kms:Decrypt on the key to these credentials",
         ),
         (
-            &["AccessDenied", "AllAccessDisabled", "AuthorizationPermissionMismatch", "status code: 403", "status code: 401"],
+            &[
+                "AccessDenied",
+                "AllAccessDisabled",
+                "AuthorizationPermissionMismatch",
+                "status code: 403",
+                "status code: 401",
+            ],
             Kind::Denied,
             "access is denied",
             "allow s3:GetObject, s3:PutObject, s3:ListBucket and s3:DeleteObject on the bucket to these credentials",
         ),
         (
-            &["169.254.169.254", "169.254.170.2", "latest/api/token", "AssumeRoleWithWebIdentity", "credential", "Credential"],
+            &[
+                "169.254.169.254",
+                "169.254.170.2",
+                "latest/api/token",
+                "AssumeRoleWithWebIdentity",
+                "credential",
+                "Credential",
+            ],
             Kind::Denied,
             "no usable credentials were found",
             "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or AWS_PROFILE, or give the instance a role",
@@ -112,7 +135,15 @@ fn failure(text: &str, url: &str) -> Error {
             return Error::new(*kind, format!("{url}: {message}: {}", brief(text))).hint(*hint);
         }
     }
-    let transient = ["status code: 5", "status code: 429", "status code: 408", "status code: 409", "SlowDown", "InternalError", "error response"];
+    let transient = [
+        "status code: 5",
+        "status code: 429",
+        "status code: 408",
+        "status code: 409",
+        "SlowDown",
+        "InternalError",
+        "error response",
+    ];
     if says(text, &transient) {
         return Error::new(Kind::Unreachable, format!("{url}: the store answered that it cannot now: {}", brief(text)))
             .hint("the store is overloaded or failing; run the command again later")
@@ -166,7 +197,9 @@ mod tests {
     use super::*;
 
     fn raw(status: &str, body: &str) -> String {
-        format!("Generic S3 error: Error performing GET http://h/b/k in 1ms - Server returned non-2xx status code: {status}: {body}")
+        format!(
+            "Generic S3 error: Error performing GET http://h/b/k in 1ms - Server returned non-2xx status code: {status}: {body}"
+        )
     }
 
     fn not_found(body: &str) -> Raw {
@@ -177,9 +210,12 @@ mod tests {
     fn only_the_stores_own_word_is_absence() {
         let absent = not_found("<Error><Code>NoSuchKey</Code></Error>");
         assert!(matches!(meaning(absent, "s3://b/k", false), Meaning::Absent));
-        let Meaning::Failed(e) = meaning(not_found("<html>nginx</html>"), "s3://b/k", false) else { panic!("taken for absent") };
+        let Meaning::Failed(e) = meaning(not_found("<html>nginx</html>"), "s3://b/k", false) else {
+            panic!("taken for absent")
+        };
         assert_eq!(e.kind(), Kind::Unreachable);
-        let Meaning::Failed(e) = meaning(not_found("<Error><Code>NoSuchBucket</Code></Error>"), "s3://b/k", false) else {
+        let Meaning::Failed(e) = meaning(not_found("<Error><Code>NoSuchBucket</Code></Error>"), "s3://b/k", false)
+        else {
             panic!("taken for absent")
         };
         assert_eq!(e.kind(), Kind::NotFound);
@@ -188,9 +224,14 @@ mod tests {
     #[test]
     fn a_conflict_is_a_retry_and_a_failed_condition_an_answer() {
         let taken = |text: String| Raw::AlreadyExists { path: "k".into(), source: text.into() };
-        let answer = meaning(taken(raw("412 Precondition Failed", "<Error><Code>PreconditionFailed</Code></Error>")), "u", false);
+        let answer = meaning(
+            taken(raw("412 Precondition Failed", "<Error><Code>PreconditionFailed</Code></Error>")),
+            "u",
+            false,
+        );
         assert!(matches!(answer, Meaning::Taken));
-        let Meaning::Failed(e) = meaning(taken(raw("409 Conflict", "<Error><Code>ConditionalRequestConflict</Code></Error>")), "u", false)
+        let Meaning::Failed(e) =
+            meaning(taken(raw("409 Conflict", "<Error><Code>ConditionalRequestConflict</Code></Error>")), "u", false)
         else {
             panic!("409 taken for an answer")
         };
@@ -203,7 +244,11 @@ mod tests {
     fn each_refusal_has_its_kind_and_a_next_step() {
         for (text, kind, retryable) in [
             (raw("400 Bad Request", "<Error><Code>ExpiredToken</Code></Error>"), Kind::Denied, false),
-            (raw("403 Forbidden", "<Error><Code>AccessDenied</Code><Message>no</Message></Error>"), Kind::Denied, false),
+            (
+                raw("403 Forbidden", "<Error><Code>AccessDenied</Code><Message>no</Message></Error>"),
+                Kind::Denied,
+                false,
+            ),
             (raw("301 Moved", "<Error><Code>PermanentRedirect</Code></Error>"), Kind::Refused, false),
             (raw("503 Slow Down", "<Error><Code>SlowDown</Code></Error>"), Kind::Unreachable, true),
             ("error sending request: tcp connect error: Connection refused".to_owned(), Kind::Unreachable, true),

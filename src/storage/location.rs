@@ -8,10 +8,18 @@ use crate::error::Error;
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Scheme {
-    S3 { bucket: String },
-    Google { bucket: String },
-    Azure { container: String },
-    File { directory: PathBuf },
+    S3 {
+        bucket: String,
+    },
+    Google {
+        bucket: String,
+    },
+    Azure {
+        container: String,
+    },
+    File {
+        directory: PathBuf,
+    },
     /// For tests: gone with the process.
     Memory,
 }
@@ -98,7 +106,17 @@ mod tests {
 
     #[test]
     fn a_mistyped_address_says_what_is_wrong_with_it() {
-        for bad in ["", "bucket/db", "s3:/bucket", "s3://", "ftp://host/x", "file://relative", "s3://b/../x", "s3://b/a//b", "s3://b?region=eu"] {
+        for bad in [
+            "",
+            "bucket/db",
+            "s3:/bucket",
+            "s3://",
+            "ftp://host/x",
+            "file://relative",
+            "s3://b/../x",
+            "s3://b/a//b",
+            "s3://b?region=eu",
+        ] {
             let error = bad.parse::<Location>().expect_err(bad);
             assert_eq!(error.kind(), crate::error::Kind::Usage);
             assert!(error.hint_text().is_some());

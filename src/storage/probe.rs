@@ -25,7 +25,9 @@ async fn try_twice(store: &dyn Store, key: &str, first: &Body, second: &Body) ->
     let there = store.read(key, 0..first.len()).await?;
     match (again, there) {
         (Created::AlreadyThere, Some(chunk)) if chunk.bytes == first.head(usize::MAX) => Ok(()),
-        (Created::AlreadyThere, _) => Err(Error::refused(format!("{}: the store does not give back what was written to it", store.url("")))),
+        (Created::AlreadyThere, _) => {
+            Err(Error::refused(format!("{}: the store does not give back what was written to it", store.url(""))))
+        }
         (Created::Now, _) => Err(Error::refused(format!(
             "{}: the store accepts a conditional write (If-None-Match: *) and ignores the condition",
             store.url("")

@@ -81,14 +81,21 @@ impl Retrying {
                 Some(Ok(answer)) => return Ok(answer),
                 Some(Err(error)) if !error.is_retryable() => return Err(error),
                 Some(Err(error)) => error,
-                None => Error::new(Kind::Unreachable, format!("{request}: no answer within {:.0} s", limit.as_secs_f64()))
-                    .hint("check the network between this machine and the store, then run the command again"),
+                None => {
+                    Error::new(Kind::Unreachable, format!("{request}: no answer within {:.0} s", limit.as_secs_f64()))
+                        .hint("check the network between this machine and the store, then run the command again")
+                }
             };
             let wait = self.policy.wait(attempt, self.clock.random_share());
             if self.clock.monotonic() + wait >= deadline {
                 return Err(error.context(format!("gave up after {attempt} attempts")));
             }
-            self.events.emit(Event::StoreRetry { request: request.to_owned(), attempt, wait, error: error.to_string() });
+            self.events.emit(Event::StoreRetry {
+                request: request.to_owned(),
+                attempt,
+                wait,
+                error: error.to_string(),
+            });
             self.clock.sleep(wait).await;
         }
         Err(Error::internal("retries without an end"))
@@ -165,28 +172,24 @@ impl Listing {
         if self.ended {
             return None;
         }
-        let retrying = self.retrying.clone();
-        let request = format!("LIST {}", retrying.url(&self.prefix));
-        let state = tokio::sync::Mutex::new((&mut self.open, &self.after, &self.prefix));
-        let answer = retrying
-            .attempts(&request, 0, |_| async {
-                let mut state = state.lock().await;
-                let (open, after, prefix) = &mut *state;
-                let stream = open.get_or_insert_with(|| retrying.inner.list(prefix, after.as_deref()));
-                let next = stream.next().await.transpose();
-                if next.is_err() {
-                    **open = None;
-                }
-                next
-            })
-            .await;
-        drop(state);
-        match answer {
-            Ok(Some(entry)) => {
+        let request = format!("LIST {}", self.retrying.url(&self.prefix));
+        let mut open = self.open.take();
+        let (inner, prefix, after) = (&self.retrying.inner, &self.prefix, self.after.as_deref());
+        // A stream that has failed is dropped with its attempt, and the next one starts after the last key.
+        let page = |_| {
+            let mut stream = open.take().unwrap_or_else(|| inner.list(prefix, after));
+            async move {
+                let next = stream.next().await.transpose()?;
+                Ok((stream, next))
+            }
+        };
+        match self.retrying.attempts(&request, 0, page).await {
+            Ok((stream, Some(entry))) => {
+                self.open = Some(stream);
                 self.after = Some(entry.key.clone());
                 Some(Ok(entry))
             }
-            Ok(None) => {
+            Ok((_, None)) => {
                 self.ended = true;
                 None
             }

@@ -40,7 +40,12 @@ impl S3Settings {
 
     /// Profiles are asked when one is named, or when nothing more direct is set and there is a file of them.
     fn wants_profile(&self) -> bool {
-        let direct = ["AWS_ACCESS_KEY_ID", "AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI", "AWS_CONTAINER_CREDENTIALS_FULL_URI"];
+        let direct = [
+            "AWS_ACCESS_KEY_ID",
+            "AWS_WEB_IDENTITY_TOKEN_FILE",
+            "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
+            "AWS_CONTAINER_CREDENTIALS_FULL_URI",
+        ];
         if self.get("AWS_PROFILE").is_some() {
             return true;
         }
@@ -53,14 +58,19 @@ impl S3Settings {
             (None, Some(home)) => Some(home.join(".aws").join(name)),
             (None, None) => None,
         };
-        [file("AWS_CONFIG_FILE", "config"), file("AWS_SHARED_CREDENTIALS_FILE", "credentials")].into_iter().flatten().collect()
+        [file("AWS_CONFIG_FILE", "config"), file("AWS_SHARED_CREDENTIALS_FILE", "credentials")]
+            .into_iter()
+            .flatten()
+            .collect()
     }
 }
 
 pub(super) fn open(location: &Location, bucket: &str, settings: &S3Settings) -> Result<Adapter> {
     if let Some(class) = settings.storage_class.as_deref().filter(|class| !READABLE_CLASSES.contains(class)) {
-        return Err(Error::usage(format!("storage class {class} cannot be read at once, so nothing could be restored from it"))
-            .hint(format!("use one of {}", READABLE_CLASSES.join(", "))));
+        return Err(Error::usage(format!(
+            "storage class {class} cannot be read at once, so nothing could be restored from it"
+        ))
+        .hint(format!("use one of {}", READABLE_CLASSES.join(", "))));
     }
     let mut builder = AmazonS3Builder::new().with_bucket_name(bucket).with_retry(no_retries());
     for (name, value) in &settings.variables {
@@ -70,7 +80,8 @@ pub(super) fn open(location: &Location, bucket: &str, settings: &S3Settings) -> 
     }
     let profile = settings.wants_profile();
     let from_profile = |name: &str| if profile { profile_setting(settings, name) } else { None };
-    let endpoint = ["AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"].iter().find_map(|name| settings.get(name).map(str::to_owned));
+    let endpoint =
+        ["AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"].iter().find_map(|name| settings.get(name).map(str::to_owned));
     let endpoint = endpoint.or_else(|| from_profile("endpoint_url"));
     let region = ["AWS_REGION", "AWS_DEFAULT_REGION"].iter().find_map(|name| settings.get(name).map(str::to_owned));
     if let Some(region) = region.or_else(|| from_profile("region")) {
@@ -93,7 +104,10 @@ pub(super) fn open(location: &Location, bucket: &str, settings: &S3Settings) -> 
     if profile {
         builder = builder.with_credentials(Arc::new(ProfileCredentials::new(settings)?));
     }
-    let inner = builder.with_client_options(client_options(settings, plain_http)?).build().map_err(|e| unusable(location, &e))?;
+    let inner = builder
+        .with_client_options(client_options(settings, plain_http)?)
+        .build()
+        .map_err(|e| unusable(location, &e))?;
     Ok(Adapter::remote(Arc::new(inner), location, settings.storage_class.clone()))
 }
 
@@ -105,7 +119,9 @@ fn client_options(settings: &S3Settings, plain_http: bool) -> Result<ClientOptio
         let certificates = Certificate::from_pem_bundle(&pem)
             .map_err(|e| Error::usage(format!("AWS_CA_BUNDLE {path} holds no certificates: {e}")))?;
         // As with the AWS command line, the bundle replaces the system's authorities.
-        options = certificates.into_iter().fold(options.with_no_system_certificates(true), ClientOptions::with_root_certificate);
+        options = certificates
+            .into_iter()
+            .fold(options.with_no_system_certificates(true), ClientOptions::with_root_certificate);
     }
     Ok(options)
 }

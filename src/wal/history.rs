@@ -67,7 +67,8 @@ mod tests {
 
     #[test]
     fn a_history_tells_where_each_ancestor_ends() {
-        let text = "# comment\n\n1\t0/5000000\tno recovery target specified\n2 0/7000028 before 2026-11-22 18:00:00+00\n";
+        let text =
+            "# comment\n\n1\t0/5000000\tno recovery target specified\n2 0/7000028 before 2026-11-22 18:00:00+00\n";
         let history = History::parse(Timeline(4), text).expect("well formed");
         assert_eq!(history.end_of(Timeline(1)), Some(Some(Lsn(0x500_0000))));
         assert_eq!(history.end_of(Timeline(3)), None);

@@ -129,7 +129,11 @@ impl FromStr for WalFileName {
             }
         };
         parse().ok_or_else(|| {
-            Malformed::new("WAL file name", text, "a segment such as 000000010000000A000000FE, a .history, .backup or .partial")
+            Malformed::new(
+                "WAL file name",
+                text,
+                "a segment such as 000000010000000A000000FE, a .history, .backup or .partial",
+            )
         })
     }
 }
@@ -188,7 +192,16 @@ mod tests {
         ] {
             assert_eq!(text.parse::<WalFileName>().expect(text).to_string(), text);
         }
-        for bad in ["", "RECOVERYXLOG", "000000010000000a000000fe", "000000000000000A000000FE", "0000000B.histor", "000000010000000A000000FE.28.backup", "../../etc/passwd", "0000000é0000000A000000FE"] {
+        for bad in [
+            "",
+            "RECOVERYXLOG",
+            "000000010000000a000000fe",
+            "000000000000000A000000FE",
+            "0000000B.histor",
+            "000000010000000A000000FE.28.backup",
+            "../../etc/passwd",
+            "0000000é0000000A000000FE",
+        ] {
             assert!(bad.parse::<WalFileName>().is_err(), "{bad:?}");
         }
     }

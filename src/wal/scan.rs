@@ -94,11 +94,7 @@ pub fn scan_segment(name: SegmentName, bytes: &[u8]) -> Result<(SegmentHeader, S
     let header = SegmentHeader::parse(bytes).map_err(|e| e.context(name))?;
     let damaged = |why: String| Error::damaged(format!("{name} is not the WAL its name says: {why}"));
     if bytes.len() as u64 != header.segment_size.bytes() {
-        return Err(damaged(format!(
-            "{} bytes long, its header says {}",
-            bytes.len(),
-            header.segment_size.bytes()
-        )));
+        return Err(damaged(format!("{} bytes long, its header says {}", bytes.len(), header.segment_size.bytes())));
     }
     if name.start(header.segment_size) != Some(header.start) {
         return Err(damaged(format!("its first page is that of {}", header.start)));
@@ -107,7 +103,8 @@ pub fn scan_segment(name: SegmentName, bytes: &[u8]) -> Result<(SegmentHeader, S
     if header.timeline > name.timeline {
         return Err(damaged(format!("its first page belongs to timeline {}", header.timeline)));
     }
-    let mut scan = Scan { bytes, header, timeline: name.timeline, facts: SegmentFacts::default(), sought: None, found: None };
+    let mut scan =
+        Scan { bytes, header, timeline: name.timeline, facts: SegmentFacts::default(), sought: None, found: None };
     scan.run().map_err(|(offset, why)| damaged(format!("at {}: {why}", Lsn(header.start.0 + offset as u64))))?;
     Ok((header, scan.facts))
 }

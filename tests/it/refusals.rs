@@ -36,7 +36,8 @@ fn a_bucket_that_does_not_exist_is_named() {
 fn wrong_credentials_are_told_apart_from_missing_rights() {
     let wrong = Bucket::s3().with_env("AWS_SECRET_ACCESS_KEY", "wrong");
     assert!(boot(&wrong, &["--init"], DENIED).contains("does not accept these credentials"));
-    let stranger = Bucket::s3().with_env("AWS_ACCESS_KEY_ID", "stranger").with_env("AWS_SECRET_ACCESS_KEY", "stranger-secret");
+    let stranger =
+        Bucket::s3().with_env("AWS_ACCESS_KEY_ID", "stranger").with_env("AWS_SECRET_ACCESS_KEY", "stranger-secret");
     assert!(boot(&stranger, &["--init"], DENIED).contains("access is denied"));
 }
 
@@ -69,13 +70,17 @@ fn mistakes_on_the_command_line_are_usage_errors() {
 fn an_endpoint_that_does_not_answer_is_unreachable_and_nothing_is_made() {
     // A port that was free a moment ago: the connection is refused at once, and again, until patience ends.
     let port = std::net::TcpListener::bind("127.0.0.1:0").expect("a port").local_addr().expect("bound").port();
-    let bucket = Bucket::at_endpoint(&format!("http://127.0.0.1:{port}"), "s3://perennial-test/x").with_env("PERENNIAL_PATIENCE", "2s");
+    let bucket = Bucket::at_endpoint(&format!("http://127.0.0.1:{port}"), "s3://perennial-test/x")
+        .with_env("PERENNIAL_PATIENCE", "2s");
     assert!(boot(&bucket, &["--init"], UNREACHABLE).contains("cannot be reached"));
 }
 
 #[test]
 fn a_store_that_answers_503_is_unreachable_and_nothing_is_made() {
-    let busy = Answering::start("503 Service Unavailable", "<Error><Code>SlowDown</Code><Message>Reduce your request rate.</Message></Error>");
+    let busy = Answering::start(
+        "503 Service Unavailable",
+        "<Error><Code>SlowDown</Code><Message>Reduce your request rate.</Message></Error>",
+    );
     let bucket = Bucket::at_endpoint(&busy.endpoint, "s3://perennial-test/x").with_env("PERENNIAL_PATIENCE", "2s");
     assert!(boot(&bucket, &["--init"], UNREACHABLE).contains("SlowDown"));
 }
@@ -89,10 +94,21 @@ fn a_proxy_that_answers_404_for_the_store_is_not_an_empty_bucket() {
 
 #[test]
 fn expired_credentials_and_a_wrong_region_have_messages_of_their_own() {
-    let expired = Answering::start("400 Bad Request", "<Error><Code>ExpiredToken</Code><Message>The provided token has expired.</Message></Error>");
-    assert!(boot(&Bucket::at_endpoint(&expired.endpoint, "s3://perennial-test/x"), &["--init"], DENIED).contains("expired"));
-    let elsewhere = Answering::start("301 Moved Permanently", "<Error><Code>PermanentRedirect</Code><Message>Use the other endpoint.</Message></Error>");
-    assert!(boot(&Bucket::at_endpoint(&elsewhere.endpoint, "s3://perennial-test/x"), &["--init"], REFUSED).contains("region"));
+    let expired = Answering::start(
+        "400 Bad Request",
+        "<Error><Code>ExpiredToken</Code><Message>The provided token has expired.</Message></Error>",
+    );
+    assert!(
+        boot(&Bucket::at_endpoint(&expired.endpoint, "s3://perennial-test/x"), &["--init"], DENIED).contains("expired")
+    );
+    let elsewhere = Answering::start(
+        "301 Moved Permanently",
+        "<Error><Code>PermanentRedirect</Code><Message>Use the other endpoint.</Message></Error>",
+    );
+    assert!(
+        boot(&Bucket::at_endpoint(&elsewhere.endpoint, "s3://perennial-test/x"), &["--init"], REFUSED)
+            .contains("region")
+    );
 }
 
 #[test]
@@ -104,5 +120,9 @@ fn the_address_comes_from_the_instances_metadata_when_nothing_else_names_it() {
     command.env_remove("PERENNIAL_REPO").env("AWS_EC2_METADATA_SERVICE_ENDPOINT", &metadata.endpoint);
     let output = command.output().expect("runs");
     assert_eq!(output.status.code(), Some(NOT_FOUND), "{}", text(&output));
-    assert!(text(&output).contains(&format!("the instance's metadata names the repository: {}", repository.url)), "{}", text(&output));
+    assert!(
+        text(&output).contains(&format!("the instance's metadata names the repository: {}", repository.url)),
+        "{}",
+        text(&output)
+    );
 }

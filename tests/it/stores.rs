@@ -7,7 +7,9 @@ use perennial::error::Kind;
 use perennial::events::Events;
 use perennial::repository::{Codec, Repository};
 use perennial::storage::faulty::{Fault, Faulty};
-use perennial::storage::{self, Adapter, Body, Created, Location, Policy, Retrying, S3Settings, Store, StoreSettings, conformance};
+use perennial::storage::{
+    self, Adapter, Body, Created, Location, Policy, Retrying, S3Settings, Store, StoreSettings, conformance,
+};
 
 use crate::support::*;
 

@@ -1,6 +1,21 @@
 //! Stories with real servers: each is named after what a user would fear.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::print_stderr,
+    clippy::disallowed_methods,
+    reason = "a test that cannot go on fails, and waits for real processes by a real clock"
+)]
+
 #[path = "../support/mod.rs"]
 mod support;
 
+mod boots;
+mod damage;
+mod live_backup;
+mod shapes;
 mod survive;
+mod targets;
+mod wal_files;

@@ -99,7 +99,8 @@ impl Bucket {
 
     /// The same over TLS, with the run's own certificate authority.
     pub fn s3_tls() -> Bucket {
-        let mut bucket = Bucket::at_endpoint(&from_run("PERENNIAL_TEST_S3_TLS"), &format!("s3://perennial-test/{}", unique()));
+        let mut bucket =
+            Bucket::at_endpoint(&from_run("PERENNIAL_TEST_S3_TLS"), &format!("s3://perennial-test/{}", unique()));
         bucket.env.push(("AWS_CA_BUNDLE".to_owned(), from_run("PERENNIAL_TEST_CA")));
         bucket
     }
@@ -128,7 +129,11 @@ impl Bucket {
     /// A command line of `perennial` against this repository.
     pub fn command(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(perennial());
-        command.args(arguments).env_clear().env("PATH", "/usr/local/bin:/usr/bin:/bin").env("PERENNIAL_REPO", &self.url);
+        command
+            .args(arguments)
+            .env_clear()
+            .env("PATH", "/usr/local/bin:/usr/bin:/bin")
+            .env("PERENNIAL_REPO", &self.url);
         command.envs(self.env.iter().map(|(name, value)| (name, value))).current_dir("/").stdin(Stdio::null());
         as_server_user(&mut command);
         command
@@ -156,7 +161,8 @@ impl Bucket {
 
 /// What the test run hands to its tests.
 pub fn from_run(name: &str) -> String {
-    std::env::var(name).unwrap_or_else(|_| panic!("{name} is not set: run the tests with `make test` or `scripts/test`"))
+    std::env::var(name)
+        .unwrap_or_else(|_| panic!("{name} is not set: run the tests with `make test` or `scripts/test`"))
 }
 
 fn unique() -> String {
@@ -232,6 +238,8 @@ impl Machine {
             Some(at) => (&arguments[..at], &arguments[at + 1..]),
             None => (arguments, &[][..]),
         };
+        // Servers whose supervisor is killed come to us, and are reaped.
+        rustix::process::set_child_subreaper(rustix::process::Pid::from_raw(1)).expect("set");
         let log = std::fs::File::create(self.log_path()).expect("a log");
         let mut command = self.bucket.command(&["run", "-D"]);
         command.arg(self.data_dir()).arg("--pg-bindir").arg(&self.postgres.bin_dir).args(ours).arg("--");
@@ -305,7 +313,7 @@ impl Machine {
         if let Some(pid) = postmaster {
             let pid = nix::unistd::Pid::from_raw(pid);
             let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL);
-            wait_until("the server is dead", || !is_running(pid.as_raw()));
+            wait_until("the server is dead", || has_ended(pid));
         }
         self.child = None;
     }
@@ -332,7 +340,11 @@ impl Machine {
     }
 
     pub fn try_sql(&self, statement: &str) -> Result<String, String> {
-        let output = self.client("psql").args(["-XAtq", "-v", "ON_ERROR_STOP=1", "-d", "postgres", "-c", statement]).output().expect("psql runs");
+        let output = self
+            .client("psql")
+            .args(["-XAtq", "-v", "ON_ERROR_STOP=1", "-d", "postgres", "-c", statement])
+            .output()
+            .expect("psql runs");
         match output.status.success() {
             true => Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned()),
             false => Err(String::from_utf8_lossy(&output.stderr).trim().to_owned()),
@@ -362,15 +374,19 @@ impl Drop for Machine {
         if std::thread::panicking() {
             let log = self.log();
             let lines: Vec<&str> = log.lines().collect();
-            eprintln!("--- the end of machine {}'s log\n{}", self.name, lines[lines.len().saturating_sub(40)..].join("\n"));
+            eprintln!(
+                "--- the end of machine {}'s log\n{}",
+                self.name,
+                lines[lines.len().saturating_sub(40)..].join("\n")
+            );
         }
     }
 }
 
-fn is_running(pid: i32) -> bool {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    let state = stat.rsplit(')').next().and_then(|rest| rest.split_whitespace().next().map(str::to_owned));
-    state.is_some_and(|state| state != "Z")
+/// Reaps the process if it has come to us, as an init process would.
+fn has_ended(pid: nix::unistd::Pid) -> bool {
+    let _ = nix::sys::wait::waitpid(pid, Some(nix::sys::wait::WaitPidFlag::WNOHANG));
+    nix::sys::signal::kill(pid, None) == Err(nix::errno::Errno::ESRCH)
 }
 
 pub fn server_user_name() -> String {
@@ -397,7 +413,11 @@ impl Plain {
         let mut machine = Machine::with(scratch, name, bucket, postgres.clone());
         let log = std::fs::File::create(machine.log_path()).expect("a log");
         let mut command = Command::new(postgres.program("postgres"));
-        command.arg("-D").arg(machine.data_dir()).args(["-c", "listen_addresses=", "-c", "fsync=off", "-k"]).arg(&machine.home);
+        command
+            .arg("-D")
+            .arg(machine.data_dir())
+            .args(["-c", "listen_addresses=", "-c", "fsync=off", "-k"])
+            .arg(&machine.home);
         command.env_clear().env("PATH", "/usr/bin:/bin").envs(bucket.env.iter().map(|(name, value)| (name, value)));
         command.current_dir("/").stdin(Stdio::null()).stdout(log.try_clone().expect("shared")).stderr(log);
         as_server_user(&mut command);
@@ -406,11 +426,11 @@ impl Plain {
     }
 
     /// Waits until it accepts connections and has left recovery (or stays in it, when `paused`).
-    pub fn up(self, paused: bool) -> Plain {
-        let machine = &self.machine;
+    pub fn up(mut self, paused: bool) -> Plain {
         wait_until("the plain server is up", || {
-            assert!(!machine.log().contains("FATAL:  "), "it failed:\n{}", machine.log());
-            let recovering = machine.try_sql("SELECT pg_is_in_recovery()");
+            let ended = self.machine.child.as_mut().and_then(|child| child.try_wait().expect("waited"));
+            assert!(ended.is_none(), "it ended ({ended:?}):\n{}", self.machine.log());
+            let recovering = self.machine.try_sql("SELECT pg_is_in_recovery()");
             recovering.is_ok_and(|recovering| paused || recovering == "f")
         });
         self
@@ -446,7 +466,8 @@ impl Answering {
                     line.clear();
                 }
                 let _ = reader.take(length).read_to_end(&mut Vec::new());
-                let answer = format!("HTTP/1.1 {status}\r\nContent-Length: {}\r\nConnection: close\r\n\r\n{body}", body.len());
+                let answer =
+                    format!("HTTP/1.1 {status}\r\nContent-Length: {}\r\nConnection: close\r\n\r\n{body}", body.len());
                 let _ = (&stream).write_all(answer.as_bytes());
             }
         });

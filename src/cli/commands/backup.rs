@@ -13,12 +13,16 @@ use super::wide;
 pub fn run(setup: &Setup, args: args::Backup) -> Result<i32> {
     let data_dir = setup.data_dir(args.data_dir.clone())?;
     if !backup::is_data_dir(&data_dir)? {
-        return Err(Error::not_found(format!("{} is not a PostgreSQL data directory: it has no PG_VERSION", data_dir.display())));
+        return Err(Error::not_found(format!(
+            "{} is not a PostgreSQL data directory: it has no PG_VERSION",
+            data_dir.display()
+        )));
     }
     identity::drop_root(&data_dir)?;
     wide(async {
         let store = setup.store(&setup.location(None)?, Policy::default())?;
-        let writer = ensure_writer(store.clone(), &data_dir, &environment::host_name(), &setup.clock, &setup.events).await?;
+        let writer =
+            ensure_writer(store.clone(), &data_dir, &environment::host_name(), &setup.clock, &setup.events).await?;
         let options = backup::Options {
             data_dir,
             connect: environment::connection(),
@@ -36,7 +40,12 @@ pub fn run(setup: &Setup, args: args::Backup) -> Result<i32> {
                 "seconds": done.elapsed.as_secs_f64(),
             }))?;
         } else {
-            output::line(format!("{} {} stored as {}", done.head.backup_id, human_bytes(done.head.bytes), human_bytes(done.head.stored)));
+            output::line(format!(
+                "{} {} stored as {}",
+                done.head.backup_id,
+                human_bytes(done.head.bytes),
+                human_bytes(done.head.stored)
+            ));
         }
         Ok(0)
     })

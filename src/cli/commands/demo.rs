@@ -74,14 +74,31 @@ impl Stage {
         let log = std::fs::File::create(&log).on("create", &log)?;
         let errors = log.try_clone().on("share", "the log")?;
         let data = self.data_dir(name);
-        let child = self.command(&["run", &self.repository(), "-D"]).arg(&data).args(more).arg("--").arg("-c").arg("listen_addresses=").arg("-k").arg(&home).stdin(Stdio::null()).stdout(log).stderr(errors).spawn();
+        let child = self
+            .command(&["run", &self.repository(), "-D"])
+            .arg(&data)
+            .args(more)
+            .arg("--")
+            .arg("-c")
+            .arg("listen_addresses=")
+            .arg("-k")
+            .arg(&home)
+            .stdin(Stdio::null())
+            .stdout(log)
+            .stderr(errors)
+            .spawn();
         Ok(Machine { stage: self, name, child: child.on("start", &self.program)? })
     }
 
     fn command(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(&self.program);
         command.args(arguments);
-        command.args(self.pg_bindir.iter().filter(|_| arguments.first() == Some(&"run")).flat_map(|dir| ["--pg-bindir".as_ref(), dir.as_os_str()]));
+        command.args(
+            self.pg_bindir
+                .iter()
+                .filter(|_| arguments.first() == Some(&"run"))
+                .flat_map(|dir| ["--pg-bindir".as_ref(), dir.as_os_str()]),
+        );
         command
     }
 }
@@ -91,7 +108,8 @@ impl Machine<'_> {
         let data_dir = self.stage.data_dir(self.name);
         let deadline = setup.clock.monotonic() + STEP;
         while setup.clock.monotonic() < deadline {
-            let up = PostmasterFile::read(&data_dir)?.filter(|file| file.status == ServerStatus::Ready && file.is_alive());
+            let up =
+                PostmasterFile::read(&data_dir)?.filter(|file| file.status == ServerStatus::Ready && file.is_alive());
             if up.is_some() {
                 let connect = ConnectOptions { user: environment::connection().user, ..ConnectOptions::default() };
                 let client = Client::connect(&connect, &data_dir).await?;
@@ -115,7 +133,8 @@ impl Machine<'_> {
     fn vanish(mut self) -> Result<()> {
         let data_dir = self.stage.data_dir(self.name);
         let server = PostmasterFile::read(&data_dir)?;
-        let kill = |pid: i32| nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL);
+        let kill =
+            |pid: i32| nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL);
         let _ = self.child.kill();
         let _ = server.map(|server| kill(-server.pid).or_else(|_| kill(server.pid)));
         self.child.wait().on("wait for", &self.stage.program)?;
@@ -123,7 +142,10 @@ impl Machine<'_> {
     }
 
     fn stop(mut self) -> Result<()> {
-        let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(self.child.id() as i32), nix::sys::signal::Signal::SIGTERM);
+        let _ = nix::sys::signal::kill(
+            nix::unistd::Pid::from_raw(self.child.id() as i32),
+            nix::sys::signal::Signal::SIGTERM,
+        );
         self.child.wait().on("wait for", &self.stage.program).map(drop)
     }
 }
@@ -151,7 +173,8 @@ async fn play(setup: &Setup, stage: &Stage) -> Result<()> {
     tell("     PostgreSQL runs, its first base backup is in the bucket.");
 
     tell(&format!("2. An application writes {ROWS} rows ..."));
-    sql.execute("CREATE TABLE note (id bigint PRIMARY KEY, text text, at timestamptz DEFAULT clock_timestamp())").await?;
+    sql.execute("CREATE TABLE note (id bigint PRIMARY KEY, text text, at timestamptz DEFAULT clock_timestamp())")
+        .await?;
     sql.execute(&format!("INSERT INTO note SELECT n, 'note ' || n FROM generate_series(1, {ROWS}) n")).await?;
     setup.clock.sleep(Duration::from_millis(1100)).await;
     let moment = sql.now().await?;
@@ -179,7 +202,10 @@ async fn play(setup: &Setup, stage: &Stage) -> Result<()> {
     tell("5. And the rows deleted by mistake? A copy of the database as it was a moment before:");
     tell(&format!("     $ perennial restore --repo {} -D COPY --to-time '{moment}'", stage.repository()));
     let copy = past(setup, stage, &moment.to_string()).await?;
-    tell(&format!("     {ROWS} rows before the mistake, {copy} rows in the copy: {}", verdict(&ROWS.to_string(), &copy)));
+    tell(&format!(
+        "     {ROWS} rows before the mistake, {copy} rows in the copy: {}",
+        verdict(&ROWS.to_string(), &copy)
+    ));
     b.stop()?;
     if copy != ROWS.to_string() {
         return Err(Error::postgres("rows are missing in the copy"));
@@ -196,7 +222,8 @@ async fn wait_for_backup(setup: &Setup, stage: &Stage, machine: &Machine<'_>) ->
     let backups = stage.root.join("bucket/backups");
     let deadline = setup.clock.monotonic() + STEP;
     while setup.clock.monotonic() < deadline {
-        let visible = std::fs::read_dir(&backups).is_ok_and(|mut entries| entries.any(|e| e.is_ok_and(|e| e.path().join("manifest").is_file())));
+        let visible = std::fs::read_dir(&backups)
+            .is_ok_and(|mut entries| entries.any(|e| e.is_ok_and(|e| e.path().join("manifest").is_file())));
         if visible {
             return Ok(());
         }
@@ -221,21 +248,37 @@ async fn wait_for_archive(setup: &Setup, machine: &Machine<'_>, sql: &Client) ->
 /// Restores a copy at `moment`, starts it, counts, stops it.
 async fn past(setup: &Setup, stage: &Stage, moment: &str) -> Result<String> {
     let data = stage.data_dir("copy");
-    let restore = stage.command(&["restore", "--quiet", "--repo", &stage.repository(), "--to-time", moment, "-D"]).arg(&data).output();
+    let restore = stage
+        .command(&["restore", "--quiet", "--repo", &stage.repository(), "--to-time", moment, "-D"])
+        .arg(&data)
+        .output();
     let restore = restore.on("start", &stage.program)?;
     if !restore.status.success() {
-        return Err(Error::postgres(format!("the restore failed: {}", String::from_utf8_lossy(&restore.stderr).trim())));
+        return Err(Error::postgres(format!(
+            "the restore failed: {}",
+            String::from_utf8_lossy(&restore.stderr).trim()
+        )));
     }
     let major = crate::postgres::version_of(&data)?.major;
-    let install = crate::postgres::Install::find(stage.pg_bindir.as_deref(), environment::search_path().as_deref(), Some(major))?;
+    let install =
+        crate::postgres::Install::find(stage.pg_bindir.as_deref(), environment::search_path().as_deref(), Some(major))?;
     let home = stage.root.join("copy");
     let log = std::fs::File::create(home.join("log")).on("create", home.join("log"))?;
     let errors = log.try_clone().on("share", "the log")?;
-    let child = Command::new(install.program("postgres")).arg("-D").arg(&data).args(["-c", "listen_addresses=", "-k"]).arg(&home).stdin(Stdio::null()).stdout(log).stderr(errors).spawn();
+    let child = Command::new(install.program("postgres"))
+        .arg("-D")
+        .arg(&data)
+        .args(["-c", "listen_addresses=", "-k"])
+        .arg(&home)
+        .stdin(Stdio::null())
+        .stdout(log)
+        .stderr(errors)
+        .spawn();
     let copy = Machine { stage, name: "copy", child: child.on("start", install.program("postgres"))? };
     let count = copy.sql(setup).await?.text("SELECT count(*) FROM note").await?;
     // A plain server: SIGINT is its fast stop.
-    let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(copy.child.id() as i32), nix::sys::signal::Signal::SIGINT);
+    let _ =
+        nix::sys::signal::kill(nix::unistd::Pid::from_raw(copy.child.id() as i32), nix::sys::signal::Signal::SIGINT);
     let mut copy = copy;
     copy.child.wait().on("wait for", &stage.program)?;
     Ok(count)

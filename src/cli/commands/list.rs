@@ -51,7 +51,9 @@ async fn stretches_of(repository: &Repository, tip: Generation) -> Result<Vec<St
     let reachable = Reachable::read(repository, Some(tip), None).await?;
     let mut stretches = Vec::new();
     for window in reachable.windows()? {
-        let head = match window.last.and_then(|name| Some((name, reachable.view().ok()?.locate(name.timeline, name.number(lineage.tip().segment_size)?)?))) {
+        let head = match window.last.and_then(|name| {
+            Some((name, reachable.view().ok()?.locate(name.timeline, name.number(lineage.tip().segment_size)?)?))
+        }) {
             Some((name, place)) => repository.wal_head(place.generation, WalFileName::Segment(name)).await?,
             None => None,
         };
@@ -75,7 +77,15 @@ fn tell_windows(stretches: &[Stretch]) {
             let window = &stretch.window;
             let end = stretch.last_commit.or(stretch.last_push).map_or(String::new(), Timestamp::short);
             let missing = window.missing.map_or(String::new(), |name| format!("GAP: {name} is missing"));
-            vec![window.from_time.short(), end, window.from.to_string(), window.through.to_string(), window.generation.to_string(), window.timeline.to_string(), missing]
+            vec![
+                window.from_time.short(),
+                end,
+                window.from.to_string(),
+                window.through.to_string(),
+                window.generation.to_string(),
+                window.timeline.to_string(),
+                missing,
+            ]
         })
         .collect();
     output::table(&["FROM", "TO", "LSN", "LSN", "GENERATION", "TIMELINE", ""], &rows);
@@ -86,8 +96,16 @@ fn tell_backups(backups: &[BackupHead]) {
     let rows: Vec<Vec<String>> = backups
         .iter()
         .map(|head| {
-            let damaged = if head.damaged_pages > 0 { format!("{} DAMAGED PAGES", head.damaged_pages) } else { String::new() };
-            vec![head.backup_id.to_string(), head.stopped_at.short(), human_bytes(head.bytes), human_bytes(head.stored), format!("PostgreSQL {}", head.pg_version.split(' ').next().unwrap_or_default()), damaged]
+            let damaged =
+                if head.damaged_pages > 0 { format!("{} DAMAGED PAGES", head.damaged_pages) } else { String::new() };
+            vec![
+                head.backup_id.to_string(),
+                head.stopped_at.short(),
+                human_bytes(head.bytes),
+                human_bytes(head.stored),
+                format!("PostgreSQL {}", head.pg_version.split(' ').next().unwrap_or_default()),
+                damaged,
+            ]
         })
         .collect();
     output::table(&["BACKUP", "TAKEN", "SIZE", "STORED", "", ""], &rows);

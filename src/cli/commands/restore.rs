@@ -49,7 +49,9 @@ pub fn run(setup: &Setup, args: args::Restore) -> Result<i32> {
         if !args.dry_run {
             output::line(format!("start it: pg_ctl -D '{}' start", options.data_dir.display()));
             if !options.keep_archiving {
-                output::line("archiving is off in this copy; to make it the database from now on: perennial run URL -D DIR --adopt");
+                output::line(
+                    "archiving is off in this copy; to make it the database from now on: perennial run URL -D DIR --adopt",
+                );
             }
         }
         Ok(0)

@@ -62,7 +62,12 @@ async fn location(setup: &Setup, argument: Option<&str>) -> Result<Location> {
     }
 }
 
-fn duration(setup: &Setup, given: Option<Duration>, configured: Option<&String>, default: Duration) -> Result<Duration> {
+fn duration(
+    setup: &Setup,
+    given: Option<Duration>,
+    configured: Option<&String>,
+    default: Duration,
+) -> Result<Duration> {
     Ok(given.or(setup.configured(configured)?).unwrap_or(default))
 }
 

@@ -36,7 +36,11 @@ pub async fn run(setup: &Setup, args: args::Status) -> Result<i32> {
         report.local = Some(look_locally(&data_dir)?);
     }
     let now = setup.clock.now();
-    if setup.global.json { tell_json(&repository, &report, now)? } else { tell(&repository, &report, now) }
+    if setup.global.json {
+        tell_json(&repository, &report, now)?
+    } else {
+        tell(&repository, &report, now)
+    }
     Ok(0)
 }
 
@@ -54,11 +58,13 @@ async fn look(repository: &Repository) -> Result<Report> {
     let usable = view.usable(&reachable.backups);
     report.backup = usable.last().map(|(head, _)| (*head).clone());
     report.gap = usable.last().and_then(|(_, coverage)| coverage.gap.then_some(coverage.next));
-    let newest_segment = view
-        .history
-        .spans()
-        .rev()
-        .find_map(|(timeline, ..)| view.index.segments(timeline).rev().find(|(number, _)| view.is_on_the_way(timeline, *number)).map(|found| (timeline, found)));
+    let newest_segment = view.history.spans().rev().find_map(|(timeline, ..)| {
+        view.index
+            .segments(timeline)
+            .rev()
+            .find(|(number, _)| view.is_on_the_way(timeline, *number))
+            .map(|found| (timeline, found))
+    });
     if let Some((timeline, (number, place))) = newest_segment {
         let name = SegmentName::new(timeline, number, size);
         let head = repository.wal_head(place.generation, WalFileName::Segment(name)).await?;
@@ -89,7 +95,12 @@ fn age(at: Timestamp, now: Timestamp) -> String {
 fn tell(repository: &Repository, report: &Report, now: Timestamp) {
     output::line(format!("repository      {}", repository.address()));
     let Some(newest) = &report.newest else { return output::line("no server was ever started on it") };
-    output::line(format!("generation      {}, started by {} {} ago", newest.generation, newest.host, age(newest.claimed_at, now)));
+    output::line(format!(
+        "generation      {}, started by {} {} ago",
+        newest.generation,
+        newest.host,
+        age(newest.claimed_at, now)
+    ));
     match &report.durable {
         Some((name, end, head)) => {
             output::line(format!("durable WAL     through {end} ({name}), pushed {} ago", age(head.pushed_at, now)));
@@ -100,15 +111,22 @@ fn tell(repository: &Repository, report: &Report, now: Timestamp) {
         None => output::line("durable WAL     none"),
     }
     match &report.backup {
-        Some(backup) => output::line(format!("newest backup   {}, taken {} ago", backup.backup_id, age(backup.stopped_at, now))),
+        Some(backup) => {
+            output::line(format!("newest backup   {}, taken {} ago", backup.backup_id, age(backup.stopped_at, now)))
+        }
         None => output::line("newest backup   NONE: nothing can be restored yet"),
     }
     if let Some(missing) = report.gap {
-        output::line(format!("GAP             {missing} is missing: points after it cannot be reached from this backup"));
+        output::line(format!(
+            "GAP             {missing} is missing: points after it cannot be reached from this backup"
+        ));
     }
     if let Some(local) = &report.local {
         let generation = local.writer.as_ref().map_or("none".to_owned(), |writer| writer.claim.generation.to_string());
-        output::line(format!("this directory  generation {generation}, {} WAL files wait to be archived", local.waiting));
+        output::line(format!(
+            "this directory  generation {generation}, {} WAL files wait to be archived",
+            local.waiting
+        ));
     }
 }
 

@@ -23,7 +23,8 @@ pub async fn push(setup: &Setup, args: args::WalPush) -> Result<i32> {
     end_with_parent()?;
     let data_dir = data_dir_of(&args.path)?;
     let store = setup.store(&setup.location(None)?, Policy::default())?;
-    let writer = ensure_writer(store.clone(), &data_dir, &environment::host_name(), &setup.clock, &setup.events).await?;
+    let writer =
+        ensure_writer(store.clone(), &data_dir, &environment::host_name(), &setup.clock, &setup.events).await?;
     let repository = writer.repository(store, &setup.clock);
     let pusher = Pusher { repository, writer, data_dir, events: setup.events.clone() };
     pusher.push(&args.path).await.map(|()| 0)
@@ -66,7 +67,9 @@ pub async fn helper(setup: &Setup, args: args::WalHelper) -> Result<i32> {
     let location = setup.location(None)?;
     let repository = Repository::open(setup.store(&location, patient())?, &setup.clock).await?;
     let options = history(args.history);
-    helper::serve(repository, options, args.postmaster, helper::history_key(&location.to_string(), options)).await.map(|()| 0)
+    helper::serve(repository, options, args.postmaster, helper::history_key(&location.to_string(), options))
+        .await
+        .map(|()| 0)
 }
 
 fn patient() -> Policy {
@@ -90,7 +93,12 @@ fn start_helper(setup: &Setup, history: &HistoryArgs, postmaster: i32) -> Result
     use std::os::unix::process::CommandExt;
     let program = std::env::current_exe().on("find", "this program")?;
     let mut command = Command::new(&program);
-    command.args(["wal", "helper", &format!("--postmaster={postmaster}"), &format!("--repo={}", setup.location(None)?)]);
+    command.args([
+        "wal",
+        "helper",
+        &format!("--postmaster={postmaster}"),
+        &format!("--repo={}", setup.location(None)?),
+    ]);
     command.args(setup.global.config.iter().map(|config| format!("--config={}", config.display())));
     command.args(history.generation.iter().map(|generation| format!("--generation={generation}")));
     command.args(history.oldest.iter().map(|oldest| format!("--oldest={oldest}")));

@@ -1,0 +1,230 @@
+//! Lives of a machine: boots, stops, restarts, copies, and who may go on.
+
+use nix::sys::signal::Signal;
+
+use crate::support::*;
+
+const REFUSED: i32 = 73;
+
+#[test]
+fn ten_boots_in_a_row_on_one_prefix_each_restorable_to_any_point_of_any_life() {
+    let scratch = Scratch::new();
+    let bucket = Bucket::s3();
+    let mut moments = Vec::new();
+    for life in 1..=10 {
+        let mut machine = Machine::new(&scratch, &format!("m{life}"), &bucket);
+        machine.start(&["--init"]).ready();
+        if life == 1 {
+            machine.with_backup();
+            machine.sql("CREATE TABLE lives (life int, step int)");
+        }
+        assert_eq!(
+            machine.sql("SELECT count(*) FROM lives"),
+            ((life - 1) * 2).to_string(),
+            "every life before is there"
+        );
+        machine.sql(&format!("INSERT INTO lives VALUES ({life}, 1)"));
+        let moment = machine.sql("SELECT clock_timestamp() FROM pg_sleep(0.01)");
+        machine.sql(&format!("INSERT INTO lives SELECT {life}, 2 FROM pg_sleep(0.01)"));
+        moments.push(moment);
+        machine.archived();
+        machine.vanish();
+    }
+    let generations = bucket.json(&["list"])["generations"].as_array().map(Vec::len);
+    assert_eq!(generations, Some(10));
+    for life in [1, 4, 10] {
+        let name = format!("past{life}");
+        let data = scratch.dir(&name).join("data");
+        bucket.must(&["restore", "-D", data.to_str().expect("text"), "--to-time", &moments[life - 1]]);
+        let copy = Plain::start(&scratch, &name, &bucket, &Postgres::debian()).up(false);
+        let last = copy.machine.sql("SELECT max(life) || '/' || count(*) FROM lives");
+        assert_eq!(last, format!("{life}/{}", life * 2 - 1), "as of the middle of life {life}");
+    }
+}
+
+#[test]
+fn a_clean_stop_leaves_nothing_behind_and_the_next_machine_has_it_all() {
+    let scratch = Scratch::new();
+    let bucket = Bucket::s3();
+    let mut first = Machine::new(&scratch, "a", &bucket);
+    first.start(&["--init"]).ready().with_backup();
+    first.sql("CREATE TABLE t AS SELECT generate_series(1, 1000) AS id");
+    assert_eq!(first.stop(), 0, "the server's own exit code");
+    first.wipe();
+    let mut second = Machine::new(&scratch, "b", &bucket);
+    second.start(&[]).ready();
+    assert_eq!(second.sql("SELECT count(*) FROM t"), "1000");
+}
+
+#[test]
+fn a_restart_on_the_same_disk_goes_on_without_a_restore() {
+    let scratch = Scratch::new();
+    let bucket = Bucket::directory(&scratch);
+    let mut machine = Machine::new(&scratch, "a", &bucket);
+    machine.start(&["--init"]).ready().with_backup();
+    machine.sql("CREATE TABLE t AS SELECT 1 AS id");
+    machine.kill();
+    machine.start(&[]).ready();
+    assert!(machine.log().contains("going on with the local directory, generation 1"), "{}", machine.log());
+    machine.sql("INSERT INTO t VALUES (2)");
+    machine.archived();
+    machine.vanish();
+    let mut next = Machine::new(&scratch, "b", &bucket);
+    next.start(&[]).ready();
+    assert_eq!(next.sql("SELECT count(*) FROM t"), "2", "WAL of both generations is followed");
+}
+
+#[test]
+fn a_machine_that_was_replaced_does_not_come_back() {
+    let scratch = Scratch::new();
+    let bucket = Bucket::directory(&scratch);
+    let mut first = Machine::new(&scratch, "a", &bucket);
+    first.start(&["--init"]).ready().with_backup();
+    first.archived();
+    first.kill();
+    let mut second = Machine::new(&scratch, "b", &bucket);
+    second.start(&[]).ready();
+    first.start(&["--init"]);
+    assert_eq!(first.ended(), REFUSED);
+    assert!(first.log().contains("has started generation 2"), "{}", first.log());
+    assert!(first.data_dir().join("PG_VERSION").exists(), "its data is kept");
+}
+
+#[test]
+fn a_disk_that_was_put_back_in_time_is_not_started() {
+    let scratch = Scratch::new();
+    let bucket = Bucket::directory(&scratch);
+    let mut machine = Machine::new(&scratch, "a", &bucket);
+    machine.start(&["--init"]).ready().with_backup();
+    assert_eq!(machine.stop(), 0);
+    let snapshot = scratch.path().join("snapshot");
+    let copy = |from: &std::path::Path, to: &std::path::Path| {
+        let status = std::process::Command::new("cp").arg("-a").arg(from).arg(to).status().expect("cp runs");
+        assert!(status.success());
+    };
+    machine.start(&[]).ready();
+    assert_eq!(machine.stop(), 0);
+    copy(&machine.data_dir(), &snapshot);
+    // Not a new generation: the same directory, as it was before more was archived under its own.
+    let writer = std::fs::read(machine.data_dir().join("pgsql_tmp_perennial/writer.json")).expect("a note");
+    machine.start(&[]).ready();
+    machine.sql("CREATE TABLE t AS SELECT generate_series(1, 100000) AS id");
+    machine.archived();
+    machine.archived();
+    assert_eq!(machine.stop(), 0);
+    let newest = std::fs::read(machine.data_dir().join("pgsql_tmp_perennial/writer.json")).expect("a note");
+    assert_ne!(writer, newest, "each start is a generation");
+    machine.wipe();
+    copy(&snapshot, &machine.data_dir());
+    std::fs::write(machine.data_dir().join("pgsql_tmp_perennial/writer.json"), newest).expect("written");
+    machine.start(&[]);
+    assert_eq!(machine.ended(), REFUSED);
+    assert!(machine.log().contains("older than what it archived"), "{}", machine.log());
+}
+
+#[test]
+fn neither_perennial_nor_its_server_outlives_the_other() {
+    let scratch = Scratch::new();
+    let bucket = Bucket::directory(&scratch);
+    let mut machine = Machine::new(&scratch, "a", &bucket);
+    machine.start(&["--init"]).ready();
+    let postmaster = nix::unistd::Pid::from_raw(machine.postmaster().expect("it runs"));
+    machine.signal(Signal::SIGKILL);
+    wait_until("the server has ended too", || {
+        !machine.data_dir().join("postmaster.pid").exists() || nix::sys::signal::kill(postmaster, None).is_err()
+    });
+    assert_ne!(machine.ended(), 0);
+
+    machine.start(&[]).ready();
+    let postmaster = nix::unistd::Pid::from_raw(machine.postmaster().expect("it runs"));
+    nix::sys::signal::kill(postmaster, Signal::SIGKILL).expect("killed");
+    assert_eq!(machine.ended(), 128 + 9, "the signal that ended the server");
+}
+
+#[test]
+fn a_second_signal_stops_at_once() {
+    let scratch = Scratch::new();
+    let bucket = Bucket::directory(&scratch);
+    let mut machine = Machine::new(&scratch, "a", &bucket);
+    machine.start(&["--init"]).ready().with_backup();
+    machine.signal(Signal::SIGTERM);
+    machine.wait_for("fast stop");
+    machine.signal(Signal::SIGTERM);
+    machine.ended();
+    assert!(
+        machine.log().contains("immediate stop") || machine.log().contains("database system is shut down"),
+        "{}",
+        machine.log()
+    );
+}
+
+#[test]
+fn a_machine_that_died_before_its_first_backup_is_waited_for_and_never_overwritten() {
+    let scratch = Scratch::new();
+    let bucket = Bucket::directory(&scratch);
+    let mut first = Machine::new(&scratch, "a", &bucket);
+    first.start(&["--init"]).ready();
+    first.vanish();
+    if bucket.json(&["list"])["backups"].as_array().is_some_and(|backups| !backups.is_empty()) {
+        return; // The backup was faster than the kill.
+    }
+    let mut second = Machine::new(&scratch, "b", &bucket);
+    second.start(&["--init", "--takeover-after", "1s"]);
+    assert_eq!(second.ended(), REFUSED);
+    assert!(!second.data_dir().join("PG_VERSION").exists());
+    assert!(second.log().contains("has no restorable backup"), "{}", second.log());
+}
+
+#[test]
+fn a_copy_of_the_past_becomes_the_database_only_when_told_and_the_other_future_stays_reachable() {
+    let scratch = Scratch::new();
+    let bucket = Bucket::directory(&scratch);
+    let mut first = Machine::new(&scratch, "a", &bucket);
+    first.start(&["--init"]).ready().with_backup();
+    first.sql("CREATE TABLE t AS SELECT 'kept' AS what");
+    let moment = first.sql("SELECT clock_timestamp() FROM pg_sleep(0.05)");
+    first.sql("INSERT INTO t SELECT 'mistake' FROM pg_sleep(0.05)");
+    first.archived();
+    assert_eq!(first.stop(), 0);
+
+    let mut second = Machine::new(&scratch, "b", &bucket);
+    bucket.must(&["restore", "-D", second.data_dir().to_str().expect("text"), "--to-time", &moment]);
+    let copy = Plain::start(&scratch, "b", &bucket, &Postgres::debian()).up(false);
+    assert_eq!(copy.machine.sql("SELECT string_agg(what, ',') FROM t"), "kept");
+    assert_eq!(copy.machine.sql("SHOW archive_mode"), "off", "a copy does not write into the repository");
+    drop(copy);
+
+    second.start(&[]);
+    assert_eq!(second.ended(), REFUSED);
+    assert!(second.log().contains("--adopt"), "{}", second.log());
+    second.start(&["--adopt"]).ready();
+    second.sql("INSERT INTO t VALUES ('other future')");
+    second.archived();
+    second.vanish();
+
+    let mut third = Machine::new(&scratch, "c", &bucket);
+    third.start(&[]).ready();
+    assert_eq!(third.sql("SELECT string_agg(what, ',') FROM t"), "kept,other future");
+    let data = scratch.dir("d").join("data");
+    bucket.must(&["restore", "-D", data.to_str().expect("text"), "--generation", "1"]);
+    let abandoned = Plain::start(&scratch, "d", &bucket, &Postgres::debian()).up(false);
+    assert_eq!(abandoned.machine.sql("SELECT string_agg(what, ',') FROM t"), "kept,mistake");
+}
+
+#[test]
+fn an_existing_cluster_is_protected_when_it_is_adopted() {
+    let scratch = Scratch::new();
+    let bucket = Bucket::directory(&scratch);
+    let mut machine = Machine::new(&scratch, "a", &bucket);
+    let mut initdb = std::process::Command::new(Postgres::debian().program("initdb"));
+    let output = as_server_user(initdb.arg("-D").arg(machine.data_dir()).current_dir("/")).output().expect("runs");
+    assert!(output.status.success(), "{}", text(&output));
+    machine.start(&[]);
+    assert_eq!(machine.ended(), REFUSED);
+    machine.start(&["--adopt"]).ready().with_backup();
+    machine.sql("CREATE TABLE t AS SELECT 1 AS id");
+    machine.archived();
+    machine.vanish();
+    machine.start(&[]).ready();
+    assert_eq!(machine.sql("SELECT count(*) FROM t"), "1");
+}

@@ -1,0 +1,123 @@
+//! Backups of running servers: what they refuse, report, and leave behind when they are killed.
+
+use std::os::unix::fs::FileExt;
+
+use crate::support::*;
+
+const REFUSED: i32 = 73;
+const DAMAGED: i32 = 65;
+
+fn backups(bucket: &Bucket) -> usize {
+    bucket.json(&["list"])["backups"].as_array().map_or(0, Vec::len)
+}
+
+#[test]
+fn a_backup_that_is_killed_leaves_nothing_visible() {
+    let scratch = Scratch::new();
+    let bucket = Bucket::directory(&scratch);
+    let mut machine = Machine::new(&scratch, "a", &bucket);
+    machine.start(&["--init"]).ready().with_backup();
+    machine.sql("CREATE TABLE filler AS SELECT n, md5(random()::text) || md5(random()::text) AS text FROM generate_series(1, 400000) n");
+    assert_eq!(backups(&bucket), 1);
+    for delay in [0, 100, 300, 600] {
+        let data = machine.data_dir();
+        let mut backup = bucket.command(&["backup", "-D", data.to_str().expect("text")]).spawn().expect("started");
+        std::thread::sleep(std::time::Duration::from_millis(delay));
+        let _ = backup.kill();
+        let status = backup.wait().expect("ended");
+        assert!(!status.success(), "killed after {delay} ms, and it was done");
+        assert_eq!(backups(&bucket), 1, "killed after {delay} ms");
+    }
+    bucket.must(&["backup", "-D", machine.data_dir().to_str().expect("text")]);
+    assert_eq!(backups(&bucket), 2);
+}
+
+#[test]
+fn a_damaged_page_is_reported_by_file_and_block_and_fails_only_when_asked() {
+    let scratch = Scratch::new();
+    let bucket = Bucket::directory(&scratch);
+    let mut machine = Machine::new(&scratch, "a", &bucket);
+    machine.start(&["--init"]).ready().with_backup();
+    machine.sql("CREATE TABLE t AS SELECT n AS id, repeat('z', 100) AS text FROM generate_series(1, 20000) n");
+    let file = machine.sql("SELECT pg_relation_filepath('t')");
+    machine.sql("CHECKPOINT");
+    let path = machine.data_dir().join(&file);
+    let damaged = std::fs::OpenOptions::new().write(true).open(&path).expect("opened");
+    damaged.write_all_at(b"rotten", 5 * 8192 + 4000).expect("written");
+    let data = machine.data_dir();
+    let arguments = ["backup", "-D", data.to_str().expect("text")];
+    let said = bucket.must_fail(&[&arguments[..], &["--fail-on-damage"]].concat(), DAMAGED);
+    assert!(said.contains(&format!("{file} block 5")), "{said}");
+    assert_eq!(backups(&bucket), 1);
+    let report = bucket.json(&arguments);
+    assert_eq!(report["backup"]["damaged_pages"], 1);
+    assert_eq!(report["backup"]["damaged"][0]["file"], file.as_str());
+    assert_eq!(report["backup"]["damaged"][0]["block"], 5);
+    assert!(bucket.must(&["list"]).contains("1 DAMAGED PAGES"));
+}
+
+#[test]
+fn a_server_that_does_not_archive_is_not_backed_up() {
+    let scratch = Scratch::new();
+    let bucket = Bucket::directory(&scratch);
+    bucket.must(&["init"]);
+    let mut machine = Machine::new(&scratch, "a", &bucket);
+    let mut initdb = std::process::Command::new(Postgres::debian().program("initdb"));
+    let output = as_server_user(initdb.arg("-D").arg(machine.data_dir()).current_dir("/")).output().expect("runs");
+    assert!(output.status.success(), "{}", text(&output));
+    let plain = Plain::start(&scratch, "a", &bucket, &Postgres::debian()).up(false);
+    let said = bucket.must_fail(&["backup", "-D", machine.data_dir().to_str().expect("text")], REFUSED);
+    assert!(said.contains("archive_mode is off"), "{said}");
+    drop(plain);
+    machine.kill();
+}
+
+#[test]
+fn a_server_that_something_else_runs_is_protected_by_its_archive_command_alone() {
+    let scratch = Scratch::new();
+    let bucket = Bucket::s3();
+    bucket.must(&["init"]);
+    let machine = Machine::new(&scratch, "a", &bucket);
+    let mut initdb = std::process::Command::new(Postgres::debian().program("initdb"));
+    let output = as_server_user(initdb.arg("-D").arg(machine.data_dir()).current_dir("/")).output().expect("runs");
+    assert!(output.status.success(), "{}", text(&output));
+    // Configuration outside the data directory, as Debian has it.
+    let etc = scratch.dir("etc");
+    for name in ["postgresql.conf", "pg_hba.conf", "pg_ident.conf"] {
+        std::fs::rename(machine.data_dir().join(name), etc.join(name)).expect("moved");
+    }
+    let conf = format!(
+        "data_directory = '{data}'\nhba_file = '{etc}/pg_hba.conf'\nident_file = '{etc}/pg_ident.conf'\narchive_mode = on\narchive_command = '{program} wal push --repo {url} \"%p\"'\nwork_mem = '7MB'\n",
+        data = machine.data_dir().display(),
+        etc = etc.display(),
+        program = perennial().display(),
+        url = bucket.url
+    );
+    std::fs::write(etc.join("postgresql.conf"), conf).expect("written");
+    let log = std::fs::File::create(machine.home.join("log")).expect("a log");
+    let mut command = std::process::Command::new(Postgres::debian().program("postgres"));
+    command.arg("-D").arg(&etc).args(["-c", "listen_addresses=", "-k"]).arg(&machine.home).envs(bucket.env.clone());
+    command.stdout(log.try_clone().expect("shared")).stderr(log).current_dir("/");
+    let mut server = as_server_user(&mut command).spawn().expect("started");
+    wait_until("it is up", || machine.try_sql("SELECT 1").is_ok());
+    machine.sql("CREATE TABLE t AS SELECT generate_series(1, 100) AS id");
+    let backup = bucket
+        .command(&["backup", "-D", machine.data_dir().to_str().expect("text")])
+        .env("PGHOST", &machine.home)
+        .output()
+        .expect("runs");
+    assert!(backup.status.success(), "{}", text(&backup));
+    machine.sql("INSERT INTO t VALUES (101)");
+    machine.archived();
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(server.id() as i32), nix::sys::signal::Signal::SIGQUIT)
+        .expect("stopped");
+    server.wait().expect("ended");
+
+    let data = scratch.dir("b").join("data");
+    bucket.must(&["restore", "-D", data.to_str().expect("text")]);
+    let conf = std::fs::read_to_string(data.join("postgresql.conf")).expect("it came back inside");
+    assert!(conf.contains("work_mem = '7MB'") && !conf.contains("data_directory"), "{conf}");
+    let copy = Plain::start(&scratch, "b", &bucket, &Postgres::debian()).up(false);
+    assert_eq!(copy.machine.sql("SELECT count(*) FROM t"), "101");
+    assert_eq!(copy.machine.sql("SHOW work_mem"), "7MB");
+}
