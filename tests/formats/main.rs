@@ -1,0 +1,87 @@
+//! The format page against a stranger: a Python reader, written from docs/format.md alone, restores what we wrote.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::print_stderr,
+    clippy::disallowed_methods,
+    reason = "a test that cannot go on fails, and waits for real processes by a real clock"
+)]
+
+#[path = "../support/mod.rs"]
+mod support;
+
+use std::process::{Command, Output};
+
+use support::*;
+
+fn reader(arguments: &[&str]) -> Output {
+    let program = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/formats/reader.py");
+    Command::new(from_run("PERENNIAL_TEST_PYTHON")).arg(program).args(arguments).output().expect("python runs")
+}
+
+/// A repository with two lives on two timelines, a tablespace, and WAL after the last backup.
+fn repository(scratch: &Scratch) -> (Bucket, String, String) {
+    let bucket = Bucket::directory(scratch);
+    let mut first = Machine::new(scratch, "a", &bucket);
+    first.start(&["--init"]).ready().with_backup();
+    let space = scratch.dir("space");
+    first.sql(&format!("CREATE TABLESPACE fast LOCATION '{}'", space.display()));
+    first.sql("CREATE TABLE t TABLESPACE fast AS SELECT n AS id, md5(n::text) AS text FROM generate_series(1, 5000) n");
+    bucket.must(&["backup", "-D", first.data_dir().to_str().expect("text")]);
+    first.sql("INSERT INTO t SELECT n, 'after the backup' FROM generate_series(5001, 6000) n");
+    first.archived();
+    first.vanish();
+    std::fs::remove_dir_all(&space).expect("wiped");
+    let mut second = Machine::new(scratch, "b", &bucket);
+    second.start(&[]).ready();
+    second.sql("INSERT INTO t VALUES (6001, 'on timeline 2')");
+    let rows = second.sql("SELECT count(*), md5(string_agg(text, ',' ORDER BY id)) FROM t");
+    let oid = second.sql("SELECT oid FROM pg_tablespace WHERE spcname = 'fast'");
+    second.archived();
+    second.vanish();
+    (bucket, rows, oid)
+}
+
+#[test]
+fn a_stranger_with_the_format_page_restores_a_backup_and_its_wal() {
+    let scratch = Scratch::new();
+    let (bucket, rows, oid) = repository(&scratch);
+    let path = bucket.path();
+    let checked = reader(&["check", path.to_str().expect("text")]);
+    assert!(checked.status.success(), "{}", text(&checked));
+
+    let data = scratch.dir("c").join("data");
+    let elsewhere = scratch.dir("elsewhere");
+    let map = format!("{oid}={}", elsewhere.display());
+    let restored =
+        reader(&["restore", path.to_str().expect("text"), data.to_str().expect("text"), "--tablespace", &map]);
+    assert!(restored.status.success(), "{}", text(&restored));
+    for directory in [&data, &elsewhere] {
+        let given =
+            Command::new("chown").arg("-R").arg(server_user_name()).arg(directory).status().expect("chown runs");
+        assert!(given.success() || !nix::unistd::geteuid().is_root());
+    }
+    let copy = Plain::start(&scratch, "c", &bucket, &Postgres::debian()).up(false);
+    assert_eq!(copy.machine.sql("SELECT count(*), md5(string_agg(text, ',' ORDER BY id)) FROM t"), rows);
+}
+
+#[test]
+fn a_stranger_notices_damage_too() {
+    let scratch = Scratch::new();
+    let (bucket, _, _) = repository(&scratch);
+    let path = bucket.path();
+    for key in
+        ["perennial.json", "generations/00000002/generation.json", "generations/00000002/wal/00000002.history.zst"]
+    {
+        let file = path.join(key);
+        let sound = std::fs::read(&file).expect("read");
+        let mut bad = sound.clone();
+        bad[sound.len() / 2] ^= 1;
+        std::fs::write(&file, bad).expect("written");
+        let checked = reader(&["check", path.to_str().expect("text")]);
+        assert!(!checked.status.success() && text(&checked).contains(key), "{key}: {}", text(&checked));
+        std::fs::write(&file, sound).expect("written");
+    }
+}
