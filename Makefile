@@ -1,5 +1,5 @@
 # What there is to run. `make demo` and `make test` install what they miss by themselves.
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench install clean
 
 demo: ## watch a database survive its machine
 	scripts/setup demo
@@ -14,7 +14,17 @@ lint:
 	cargo clippy --all-targets --quiet -- --deny warnings
 
 bench: ## Perennial beside pgBackRest and WAL-RUS; takes an hour
-	benches/compare/run
+	benches/compare/setup
+	cargo build --release --quiet
+	benches/compare/run --output target/benchmarks.md
+
+PREFIX ?= /usr/local
+install: ## program, man pages and completions
+	cargo build --release --quiet
+	install -D -m 755 target/release/perennial $(DESTDIR)$(PREFIX)/bin/perennial
+	install -d $(DESTDIR)$(PREFIX)/share/man/man1 $(DESTDIR)$(PREFIX)/share/bash-completion/completions
+	target/release/perennial man $(DESTDIR)$(PREFIX)/share/man/man1
+	target/release/perennial completions bash >$(DESTDIR)$(PREFIX)/share/bash-completion/completions/perennial
 
 clean:
 	cargo clean

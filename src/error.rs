@@ -29,8 +29,6 @@ pub enum Kind {
     Postgres,
     /// The local disk or operating system failed us.
     Local,
-    /// Stopped by a signal before it was done.
-    Interrupted,
     /// A mistake in this program.
     Internal,
 }

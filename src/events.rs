@@ -7,7 +7,7 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::model::{BackupId, Generation, Lsn, Timeline, Timestamp, human_bytes};
+use crate::model::{BackupId, Generation, Lsn, Timeline, human_bytes};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Level {
@@ -86,10 +86,6 @@ pub enum Event {
         bytes: u64,
         elapsed: Duration,
     },
-    FetchRefused {
-        name: String,
-        error: String,
-    },
     /// The boot decision, in words.
     Decided {
         decision: String,
@@ -118,7 +114,6 @@ pub enum Event {
     },
     ArchiveLags {
         behind: Duration,
-        newest: Option<Timestamp>,
     },
     Note {
         level: Level,
@@ -132,7 +127,7 @@ impl Event {
         match self {
             BackupProgress { .. } | RestoreProgress { .. } | SegmentPushed { .. } => Level::Detail,
             StoreRetry { attempt, .. } if *attempt < 3 => Level::Detail,
-            StoreRetry { .. } | BackupFailed { .. } | FetchRefused { .. } | ArchiveLags { .. } => Level::Warning,
+            StoreRetry { .. } | BackupFailed { .. } | ArchiveLags { .. } => Level::Warning,
             PageDamaged { .. } | PagesDamaged { .. } | WalLeftBehind { .. } => Level::Alarm,
             Note { level, .. } => *level,
             _ => Level::Info,
@@ -188,7 +183,6 @@ impl fmt::Display for Event {
             RestoreDone { backup, bytes, elapsed } => {
                 write!(f, "backup {backup} restored: {} in {:.1} s", human_bytes(*bytes), elapsed.as_secs_f64())
             }
-            FetchRefused { name, error } => write!(f, "cannot hand {name} to recovery: {error}"),
             Decided { decision } => f.write_str(decision),
             ServerStarting { command } => write!(f, "starting {command}"),
             RecoveryDone { timeline, elapsed } => {
@@ -200,9 +194,8 @@ impl fmt::Display for Event {
             WalLeftBehind { segments, error } => {
                 write!(f, "{segments} WAL segments did not reach the repository: {error}")
             }
-            ArchiveLags { behind, newest } => {
-                write!(f, "the newest durable WAL is {} s old", behind.as_secs())?;
-                newest.iter().try_for_each(|at| write!(f, " (pushed {})", at.short()))
+            ArchiveLags { behind } => {
+                write!(f, "a WAL file has waited for {} s to be archived: see pg_stat_archiver", behind.as_secs())
             }
             Note { text, .. } => f.write_str(text),
         }

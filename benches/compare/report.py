@@ -135,11 +135,12 @@ def table_row(cells: list[str]) -> str:
 
 
 def main() -> None:
-    """Renders a raw file once more."""
+    """Renders raw files once more, those of runs that measured different scenes as one."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("raw", type=Path, help="JSON file of a run")
-    document = json.loads(parser.parse_args().raw.read_text(encoding="utf-8"))
-    print(render(document), end="")
+    parser.add_argument("raw", type=Path, nargs="+", help="JSON files of runs with the same settings")
+    documents = [json.loads(path.read_text(encoding="utf-8")) for path in parser.parse_args().raw]
+    records = [record for document in documents for record in document["records"]]
+    print(render({"about": documents[0]["about"], "records": records}), end="")
 
 
 if __name__ == "__main__":

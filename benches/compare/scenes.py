@@ -8,6 +8,7 @@ import random
 import shlex
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -50,6 +51,7 @@ class Bench:
         self._endpoints = {latency: objects.endpoint(latency) for latency in {0, *plan.latencies}}
         self._client = store.Client(self._endpoints[0])
         self._history = ""
+        self._stamp = self._program_stamp()
         self._kept: dict[str, Repository] = {}
 
     def prepare(self) -> None:
@@ -76,31 +78,9 @@ class Bench:
             if "error" not in record:
                 yield self._attempt({"scene": "restore", **turn}, self._restore_once, tool, repository)
 
-    def make_wal(self) -> None:
-        """Keeps one backup of each tool, and has the same WAL archived after it by all of them."""
-        commands = [f"cp %p {self.segments_dir}/%f"]
-        for tool in self._archivers():
-            repository = self._repository(tool, 0, "kept")
-            try:
-                self._backup(tool, repository, commands)
-            except CommandFailed as error:
-                print(f"{tool.family} takes no part in the replay: {error}", flush=True)
-                continue
-            self._kept[tool.name] = repository
-            commands.append(self._archive_command(tool, repository))
-        self.cluster.archive_with(" && ".join(commands))
-        begin = self.cluster.sql("SELECT pg_current_wal_lsn()")
-        written = f"SELECT pg_wal_lsn_diff(pg_current_wal_lsn(), '{begin}')"
-        while float(self.cluster.sql(written)) < self.plan.wal_megabytes << 20:
-            self.cluster.pgbench("-n", "-c", "4", "-j", "2", "-T", "2")
-        self._history = history_of(self.cluster)
-        last = self.cluster.sql("SELECT pg_walfile_name(pg_switch_wal())")
-        self._wait_until_archived(last)
-        self.cluster.archive_with("/bin/true")
-        self.cluster.stop()
-
     def pushes(self) -> Iterator[dict]:
         """WAL segments one by one into a fresh repository, as the archiver would."""
+        self._make_wal()
         for number, latency, tool in self._turns(self._archivers()):
             for ready in (False, True) if isinstance(tool, Perennial) else (False,):
                 name = f"{tool.family}, .ready" if ready else tool.family
@@ -110,6 +90,7 @@ class Bench:
 
     def recoveries(self) -> Iterator[dict]:
         """Replay of the WAL after a restore, then single fetches on the server that came of it."""
+        self._make_wal()
         for number, latency, tool in self._turns(self._archivers()):
             if tool.name not in self._kept:
                 continue
@@ -131,14 +112,45 @@ class Bench:
                 measured.run(["/bin/true"], log=self.log, env={}, cwd=self.directory)
         return sorted(measured.walls)[25]
 
+    def _make_wal(self) -> None:
+        """Once, keeps one backup of each tool and has the same WAL archived after it by all of them."""
+        if self._history:
+            return
+        commands = [f"cp %p {self.segments_dir}/%f"]
+        for tool in self._archivers():
+            repository = self._repository(tool, 0, "kept")
+            try:
+                self._backup(tool, repository, commands)
+            except CommandFailed as error:
+                print(f"{tool.family} takes no part in the replay: {error}", flush=True)
+                continue
+            self._kept[tool.name] = repository
+            commands.append(self._archive_command(tool, repository))
+        self.cluster.archive_with(" && ".join(commands))
+        begin = self.cluster.sql("SELECT pg_current_wal_lsn()")
+        written = f"SELECT pg_wal_lsn_diff(pg_current_wal_lsn(), '{begin}')"
+        while float(self.cluster.sql(written)) < self.plan.wal_megabytes << 20:
+            self.cluster.pgbench("-n", "-c", "4", "-j", "2", "-T", "2")
+        self._history = history_of(self.cluster)
+        last = self.cluster.sql("SELECT pg_walfile_name(pg_switch_wal())")
+        self._wait_until_archived(last)
+        self.cluster.archive_with("/bin/true")
+        self.cluster.stop()
+
     def _attempt(self, turn: dict, measure: Callable[..., dict], *arguments) -> dict:
         """The record of one measurement, which may fail without ending the run."""
         meter.wait_until_idle(self.plan.idle_wait)
+        if self._program_stamp() != self._stamp:
+            sys.exit(f"a program in {self.programs} was replaced during the run: its figures would be of two builds")
         record = turn | {"load": os.getloadavg()[0]}
         try:
             return record | measure(*arguments)
         except CommandFailed as error:
             return record | {"error": str(error)}
+
+    def _program_stamp(self) -> list:
+        stats = [path.stat() for path in sorted(self.programs.iterdir())]
+        return [(stat.st_size, stat.st_mtime_ns) for stat in stats]
 
     def _turns(self, tools: list[Tool]) -> Iterator[tuple[int, int, Tool]]:
         """Every round, latency and tool; who begins changes by chance, the same in every run."""

@@ -12,7 +12,6 @@ use crate::error::{Error, IoContext, Result};
 use crate::events::{Event, Events};
 use crate::model::WriteId;
 use crate::postgres::data_dir::OWN_DIR;
-use crate::repository::codec::Sha256;
 use crate::repository::{FRAME, Plain, Put, Repository, WalObject, Writer};
 use crate::wal::{SegmentHeader, SegmentName, WalFileName, scan_segment};
 
@@ -76,8 +75,9 @@ impl Pusher {
         let name = name_of(path)?;
         let source = path.to_owned();
         let content = blocking(move || std::fs::read(&source).on("read", &source)).await?;
-        let object = self.object(name, Bytes::from(content)).await?;
-        let put = self.repository.put_wal(self.writer.claim.generation, &object).await?;
+        let content = Bytes::from(content);
+        let object = self.object(name, content.clone()).await?;
+        let put = self.repository.put_wal(self.writer.claim.generation, &object, &content).await?;
         if put == Put::Stored {
             self.events.emit(Event::SegmentPushed { name: name.to_string(), stored: object.stored_size() });
         }
@@ -92,13 +92,13 @@ impl Pusher {
             return WalObject::small(name, system_id, &content, codec, identity);
         }
         let whole = content.clone();
-        let learn = tokio::task::spawn_blocking(move || (learn(name, &whole), Sha256::of(&whole)));
+        let learn = tokio::task::spawn_blocking(move || (learn(name, &whole), crc32c::crc32c(&whole)));
         let frames: Vec<_> = (0..content.len().div_ceil(FRAME))
             .map(|index| content.slice(index * FRAME..((index + 1) * FRAME).min(content.len())))
             .map(|part| blocking(move || codec.compress(&part)))
             .collect();
         let (learned, frames) = tokio::join!(learn, futures::future::try_join_all(frames));
-        let (learned, sha256) = learned.map_err(|e| Error::internal("a checking thread ended").source(e))?;
+        let (learned, crc32c) = learned.map_err(|e| Error::internal("a checking thread ended").source(e))?;
         let (header, facts) = learned?;
         if header.system_id != system_id {
             return Err(Error::refused(format!(
@@ -107,7 +107,7 @@ impl Pusher {
             ))
             .hint("this WAL is from another cluster: archive it to a repository of its own"));
         }
-        let plain = Plain { size: content.len() as u64, sha256, facts };
+        let plain = Plain { size: content.len() as u64, crc32c, facts };
         WalObject::assemble(name, system_id, plain, frames?, identity)
     }
 }

@@ -23,8 +23,9 @@ use crate::repository::Repository;
 use crate::repository::manifest::{DAMAGED_MAX, DamagedPage, FileEntry, REGION, Region};
 use crate::repository::pack::{FrameRef, PackBuilder};
 
-/// Regions being read, compressed or waiting for their turn. Two for each processor keep both disk and processors busy.
-pub const IN_FLIGHT: usize = 8;
+/// Regions being read, compressed or waiting for their turn. Each thread holds a
+/// region, a compressor and its buffer, about 5 MB.
+pub const IN_FLIGHT: usize = 6;
 
 /// The control file is read again this many times when its checksum does not hold: the server may be writing it.
 const CONTROL_READS: u32 = 10;

@@ -20,10 +20,10 @@ pub struct Args {
 #[derive(Debug, Clone, Default, ClapArgs)]
 pub struct Global {
     /// Address of the repository: s3://bucket/prefix, gs://…, az://… or file:///directory
-    #[arg(long, global = true, value_name = "URL", env = "PERENNIAL_REPO")]
+    #[arg(long, global = true, value_name = "URL", env = "PERENNIAL_REPO", hide_env_values = true)]
     pub repo: Option<String>,
     /// Configuration file (TOML) [default: /etc/perennial.toml if it exists]
-    #[arg(long, global = true, value_name = "FILE", env = "PERENNIAL_CONFIG")]
+    #[arg(long, global = true, value_name = "FILE", env = "PERENNIAL_CONFIG", hide_env_values = true)]
     pub config: Option<PathBuf>,
     /// Print results as JSON (docs/reference/json.md)
     #[arg(long, global = true)]
@@ -83,7 +83,7 @@ pub struct Run {
     /// Address of the repository; the same as --repo. Without any, EC2's instance metadata is asked
     pub url: Option<String>,
     /// Data directory
-    #[arg(short = 'D', long = "pgdata", value_name = "DIR", env = "PGDATA")]
+    #[arg(short = 'D', long = "pgdata", value_name = "DIR", env = "PGDATA", hide_env_values = true)]
     pub data_dir: Option<PathBuf>,
     /// Make a new cluster if the repository is proven new; restore otherwise
     #[arg(long)]
@@ -92,16 +92,16 @@ pub struct Run {
     #[arg(long)]
     pub adopt: bool,
     /// What may be lost when the machine vanishes: an upper bound on the age of WAL that is not in the repository
-    #[arg(long, value_name = "DURATION", value_parser = parse_duration, env = "PERENNIAL_RPO")]
+    #[arg(long, value_name = "DURATION", value_parser = parse_duration, env = "PERENNIAL_RPO", hide_env_values = true)]
     pub rpo: Option<Duration>,
     /// How long to wait for the first backup of a machine that has begun before this one
-    #[arg(long, value_name = "DURATION", value_parser = parse_duration, env = "PERENNIAL_TAKEOVER_AFTER")]
+    #[arg(long, value_name = "DURATION", value_parser = parse_duration, env = "PERENNIAL_TAKEOVER_AFTER", hide_env_values = true)]
     pub takeover_after: Option<Duration>,
     /// How often to take a base backup
-    #[arg(long, value_name = "DURATION", value_parser = parse_duration, env = "PERENNIAL_BACKUP_EVERY")]
+    #[arg(long, value_name = "DURATION", value_parser = parse_duration, env = "PERENNIAL_BACKUP_EVERY", hide_env_values = true)]
     pub backup_every: Option<Duration>,
     /// Directory of PostgreSQL's programs [default: found by the data directory's major version]
-    #[arg(long, value_name = "DIR", env = "PERENNIAL_PG_BINDIR")]
+    #[arg(long, value_name = "DIR", env = "PERENNIAL_PG_BINDIR", hide_env_values = true)]
     pub pg_bindir: Option<PathBuf>,
     /// Options for initdb, with --init
     #[arg(long, value_name = "OPTION", allow_hyphen_values = true)]
@@ -116,7 +116,7 @@ pub struct Run {
 #[derive(Debug, ClapArgs)]
 pub struct Backup {
     /// Data directory of the running server; the connection comes from PGHOST, PGPORT, PGUSER … or is found there
-    #[arg(short = 'D', long = "pgdata", value_name = "DIR", env = "PGDATA")]
+    #[arg(short = 'D', long = "pgdata", value_name = "DIR", env = "PGDATA", hide_env_values = true)]
     pub data_dir: Option<PathBuf>,
     /// Spread the first checkpoint instead of hurrying it
     #[arg(long)]
@@ -132,7 +132,7 @@ pub struct Backup {
 #[derive(Debug, ClapArgs)]
 pub struct Restore {
     /// New or empty directory to restore into
-    #[arg(short = 'D', long = "pgdata", value_name = "DIR", env = "PGDATA")]
+    #[arg(short = 'D', long = "pgdata", value_name = "DIR", env = "PGDATA", hide_env_values = true)]
     pub data_dir: Option<PathBuf>,
     /// Start from this backup [default: the newest that leads to the target]
     #[arg(long, value_name = "ID")]
@@ -246,14 +246,14 @@ pub struct WalHelper {
 #[derive(Debug, ClapArgs)]
 pub struct Status {
     /// Data directory: show what waits there too
-    #[arg(short = 'D', long = "pgdata", value_name = "DIR", env = "PGDATA")]
+    #[arg(short = 'D', long = "pgdata", value_name = "DIR", env = "PGDATA", hide_env_values = true)]
     pub data_dir: Option<PathBuf>,
 }
 
 #[derive(Debug, ClapArgs)]
 pub struct Demo {
     /// Directory of PostgreSQL's programs [default: the newest installed]
-    #[arg(long, value_name = "DIR", env = "PERENNIAL_PG_BINDIR")]
+    #[arg(long, value_name = "DIR", env = "PERENNIAL_PG_BINDIR", hide_env_values = true)]
     pub pg_bindir: Option<PathBuf>,
     /// Keep the temporary directory, to look at the repository
     #[arg(long)]

@@ -24,7 +24,6 @@ pub const TABLE: &[(Kind, i32, &str)] = &[
     (Kind::Postgres, 76, "PostgreSQL refused, failed or ended in a way it should not have"),
     (Kind::Denied, 77, "credentials are missing, wrong, expired or without the right to do this"),
     (Kind::Conflict, 78, "the same name with other content: two histories would get mixed up"),
-    (Kind::Interrupted, 79, "stopped by a signal before it was done"),
 ];
 
 pub fn code(kind: Kind) -> i32 {

@@ -340,7 +340,7 @@ mod tests {
             "base/5/16391_vm",
             "base/5/16391",
         ]);
-        assert_eq!(paths(&root), ["base/5/16384_init", "base/5/163840", "base/5/16391", "base/5/16391_vm"]);
+        assert_eq!(paths(&root), ["base/5/163840", "base/5/16384_init", "base/5/16391", "base/5/16391_vm"]);
     }
 
     #[test]

@@ -30,48 +30,74 @@ impl Codec {
     /// One zstd frame that knows its content's size and checksum (XXH64, checked by every zstd decoder).
     pub fn compress(self, plain: &[u8]) -> Result<Vec<u8>> {
         thread_local! {
-            static COMPRESSOR: RefCell<Option<(i32, zstd::bulk::Compressor<'static>)>> = const { RefCell::new(None) };
+            static COMPRESSOR: RefCell<Option<Compressor>> = const { RefCell::new(None) };
         }
-        let compress = |slot: &mut Option<(i32, zstd::bulk::Compressor<'static>)>| -> std::io::Result<Vec<u8>> {
-            let mut compressor = match slot.take() {
-                Some((level, compressor)) if level == self.zstd_level => compressor,
-                _ => {
-                    let mut compressor = zstd::bulk::Compressor::new(self.zstd_level)?;
-                    compressor.include_checksum(true)?;
-                    compressor
-                }
+        let frame = COMPRESSOR.with(|slot| {
+            let mut slot = slot.borrow_mut();
+            let mut compressor = match slot.take().filter(|compressor| compressor.level == self.zstd_level) {
+                Some(compressor) => compressor,
+                None => Compressor::new(self.zstd_level)?,
             };
             let frame = compressor.compress(plain)?;
-            *slot = Some((self.zstd_level, compressor));
+            *slot = Some(compressor);
             Ok(frame)
-        };
-        let frame = COMPRESSOR.with(|slot| compress(&mut slot.borrow_mut()));
-        let mut frame = frame.map_err(|e| Error::internal("zstd could not compress").source(e))?;
-        frame.shrink_to_fit();
-        Ok(frame)
+        });
+        frame.map_err(|e: std::io::Error| Error::internal("zstd could not compress").source(e))
+    }
+}
+
+/// A thread's compressor and the buffer it writes to: frames leave it at their own size, so that a large buffer is not
+/// taken from and given back to the system for each.
+struct Compressor {
+    level: i32,
+    zstd: zstd::bulk::Compressor<'static>,
+    buffer: Vec<u8>,
+}
+
+impl Compressor {
+    fn new(level: i32) -> std::io::Result<Compressor> {
+        let mut zstd = zstd::bulk::Compressor::new(level)?;
+        zstd.include_checksum(true)?;
+        Ok(Compressor { level, zstd, buffer: Vec::new() })
+    }
+
+    fn compress(&mut self, plain: &[u8]) -> std::io::Result<Vec<u8>> {
+        self.buffer.clear();
+        self.buffer.reserve(zstd::zstd_safe::compress_bound(plain.len()));
+        self.zstd.compress_to_buffer(plain, &mut self.buffer)?;
+        Ok(self.buffer.as_slice().to_vec())
     }
 }
 
 /// Decompresses one frame whose content is `size` bytes; says why when it is not.
 pub fn decompress(frame: &[u8], size: usize) -> Result<Vec<u8>, String> {
+    let mut plain = Vec::new();
+    decompress_to(frame, size, &mut plain)?;
+    Ok(plain)
+}
+
+/// The same into a buffer that is used again.
+pub fn decompress_to(frame: &[u8], size: usize, plain: &mut Vec<u8>) -> Result<(), String> {
     thread_local! {
         static DECOMPRESSOR: RefCell<Option<zstd::bulk::Decompressor<'static>>> = const { RefCell::new(None) };
     }
-    let decompress = |slot: &mut Option<zstd::bulk::Decompressor<'static>>| -> std::io::Result<Vec<u8>> {
+    plain.clear();
+    plain.reserve(size);
+    let written = DECOMPRESSOR.with(|slot| {
+        let mut slot = slot.borrow_mut();
         let mut decompressor = match slot.take() {
             Some(decompressor) => decompressor,
             None => zstd::bulk::Decompressor::new()?,
         };
-        let plain = decompressor.decompress(frame, size)?;
+        let written = decompressor.decompress_to_buffer(frame, plain)?;
         *slot = Some(decompressor);
-        Ok(plain)
-    };
-    let plain = DECOMPRESSOR.with(|slot| decompress(&mut slot.borrow_mut()));
-    let plain = plain.map_err(|e| format!("a frame does not decompress: {e}"))?;
-    if plain.len() != size {
-        return Err(format!("a frame holds {} bytes, expected {size}", plain.len()));
+        Ok(written)
+    });
+    let written = written.map_err(|e: std::io::Error| format!("a frame does not decompress: {e}"))?;
+    if written != size {
+        return Err(format!("a frame holds {written} bytes, expected {size}"));
     }
-    Ok(plain)
+    Ok(())
 }
 
 /// SHA-256, written as 64 hexadecimal digits: every language's standard library can check it.

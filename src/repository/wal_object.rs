@@ -28,9 +28,9 @@ pub struct WalHead {
     /// The file's name in `pg_wal`.
     pub name: String,
     pub system_id: SystemId,
-    /// Bytes of the file, and their hash.
+    /// Bytes of the file, and their CRC-32C.
     pub size: u64,
-    pub sha256: Sha256,
+    pub crc32c: u32,
     /// Stored bytes of each frame; every frame but the last holds `frame_size` bytes of the file.
     pub frame_size: u64,
     pub frames: Vec<u64>,
@@ -81,7 +81,7 @@ impl WalObject {
             name: name.to_string(),
             system_id,
             size: plain.size,
-            sha256: plain.sha256,
+            crc32c: plain.crc32c,
             frame_size: FRAME as u64,
             frames: frames.iter().map(|frame| frame.len() as u64).collect(),
             stored_sha256: Sha256(stored_sha256),
@@ -106,7 +106,7 @@ impl WalObject {
         codec: Codec,
         identity: (WriteId, Timestamp),
     ) -> Result<WalObject> {
-        let plain = Plain { size: content.len() as u64, sha256: Sha256::of(content), facts: None };
+        let plain = Plain { size: content.len() as u64, crc32c: crc32c::crc32c(content), facts: None };
         WalObject::assemble(name, system_id, plain, vec![codec.compress(content)?], identity)
     }
 
@@ -119,7 +119,7 @@ impl WalObject {
 #[derive(Debug, Clone)]
 pub struct Plain {
     pub size: u64,
-    pub sha256: Sha256,
+    pub crc32c: u32,
     pub facts: Option<SegmentFacts>,
 }
 
@@ -132,24 +132,36 @@ pub enum Put {
 }
 
 impl Repository {
-    /// Stores a WAL file; success only once the store has it. Other content under the same name is a conflict.
-    pub async fn put_wal(&self, generation: Generation, object: &WalObject) -> Result<Put> {
+    /// Stores a WAL file; success only once the store has it. Other content than `content` under the same name is a
+    /// conflict.
+    pub async fn put_wal(&self, generation: Generation, object: &WalObject, content: &[u8]) -> Result<Put> {
         let key = layout::wal_file(generation, object.name);
         if self.store.create(&key, &object.body).await? == Created::Now {
             return Ok(Put::Stored);
         }
-        let there = self.wal_head(generation, object.name).await?.ok_or_else(|| self.missing(&key))?;
-        if there.sha256 == object.head.sha256 && there.system_id == object.head.system_id {
+        if self.holds(generation, object.name, content).await? {
             return Ok(Put::SameAlready);
         }
+        let there = self.wal_head(generation, object.name).await?.ok_or_else(|| self.missing(&key))?;
         Err(Error::new(
             Kind::Conflict,
             format!(
-                "{} holds other content than the local {}: SHA-256 {} there (system identifier {}, pushed {}), {} here (system identifier {})",
-                self.url(&key), object.name, there.sha256, there.system_id, there.pushed_at, object.head.sha256, object.head.system_id
+                "{} holds other content than the local {}: CRC-32C {:08x} there (system identifier {}, pushed {}), {:08x} here (system identifier {})",
+                self.url(&key), object.name, there.crc32c, there.system_id, there.pushed_at, object.head.crc32c, object.head.system_id
             ),
         )
         .hint("two servers write into one generation, or this disk was rolled back: stop this server, and start it with `perennial run`, which opens a generation of its own"))
+    }
+
+    /// Whether the repository holds exactly this content under the name. Reads all of it: asked only on a doubt.
+    pub async fn holds(&self, generation: Generation, name: WalFileName, content: &[u8]) -> Result<bool> {
+        let mut same = true;
+        let compare = |offset: u64, piece: Vec<u8>| {
+            same &= content.get(offset as usize..offset as usize + piece.len()) == Some(&piece[..]);
+            Ok(())
+        };
+        let head = self.read_wal(generation, name, compare).await?;
+        Ok(same && head.is_some_and(|head| head.size == content.len() as u64))
     }
 
     /// The head of an archived file; `None` when it is proven not to be there.

@@ -16,7 +16,7 @@ use crate::error::{Error, IoContext, Result};
 use crate::events::{Event, Events};
 use crate::model::{BackupId, PackId};
 use crate::postgres::control_file::CONTROL_FILE;
-use crate::repository::codec::{Sha256, decompress};
+use crate::repository::codec::{Sha256, decompress_to};
 use crate::repository::manifest::{Directory, FileEntry, Line, Region};
 use crate::repository::{Repository, layout};
 
@@ -169,6 +169,7 @@ fn write_range(
 ) -> Result<()> {
     let key = layout::pack(range.pack);
     let mut open_file: Option<(usize, File)> = None;
+    let mut plain = Vec::new();
     for piece in &range.pieces {
         let frame = piece.region.frame;
         let start = (frame.offset - range.start) as usize;
@@ -178,7 +179,7 @@ fn write_range(
                 repository.corrupt(&key, format!("the checksum of the frame at {} does not hold", frame.offset))
             );
         }
-        let plain = decompress(stored, piece.region.plain as usize).map_err(|why| repository.corrupt(&key, why))?;
+        decompress_to(stored, piece.region.plain as usize, &mut plain).map_err(|why| repository.corrupt(&key, why))?;
         if crc32c::crc32c(&plain) != piece.region.crc {
             return Err(
                 repository.corrupt(&key, format!("the frame at {} does not hold what the manifest says", frame.offset))

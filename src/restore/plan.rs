@@ -19,22 +19,24 @@ pub struct Reachable {
 }
 
 impl Reachable {
-    pub async fn read(
+    /// Looks what there is of a history; `None` when nothing was ever archived.
+    pub async fn find(
         repository: &Repository,
         generation: Option<Generation>,
         timeline: Option<Timeline>,
-    ) -> Result<Reachable> {
+    ) -> Result<Option<Reachable>> {
+        let generations = repository.generations().await?;
         let tip = match generation {
-            Some(generation) => generation,
-            None => repository.newest_generation().await?.ok_or_else(|| nothing(repository))?,
+            Some(tip) if !generations.contains(&tip) => {
+                return Err(Error::not_found(format!("{} has no generation {tip}", repository.address()))
+                    .hint("`perennial list` shows the generations"));
+            }
+            Some(tip) => Some(tip),
+            None => generations.iter().copied().max(),
         };
-        if !repository.generations().await?.contains(&tip) {
-            return Err(Error::not_found(format!("{} has no generation {tip}", repository.address()))
-                .hint("`perennial list` shows the generations"));
-        }
+        let Some(tip) = tip else { return Ok(None) };
         let lineage = repository.lineage(tip, None).await?;
         let index = repository.wal_index(&lineage).await?;
-        let backups = repository.backups().await?;
         let timeline = match timeline {
             Some(timeline) if !index.knows(timeline) => {
                 return Err(Error::not_found(format!(
@@ -42,16 +44,24 @@ impl Reachable {
                 ))
                 .hint("`perennial list` shows the generations and their timelines"));
             }
-            Some(timeline) => timeline,
-            None => index.newest_timeline().ok_or_else(|| nothing(repository))?,
+            timeline => timeline.or(index.newest_timeline()),
         };
+        let Some(timeline) = timeline else { return Ok(None) };
         if index.history(timeline).is_none() {
             let name = WalFileName::History(timeline);
-            return Err(repository
-                .missing(&layout::wal_file(tip, name))
-                .context(format!("WAL of timeline {timeline} cannot be followed")));
+            let missing = repository.missing(&layout::wal_file(tip, name));
+            return Err(missing.context(format!("WAL of timeline {timeline} cannot be followed")));
         }
-        Ok(Reachable { lineage, index, backups, timeline })
+        Ok(Some(Reachable { lineage, index, backups: repository.backups().await?, timeline }))
+    }
+
+    /// The same where there must be something.
+    pub async fn read(
+        repository: &Repository,
+        generation: Option<Generation>,
+        timeline: Option<Timeline>,
+    ) -> Result<Reachable> {
+        Reachable::find(repository, generation, timeline).await?.ok_or_else(|| nothing(repository))
     }
 
     pub fn view(&self) -> Result<View<'_>> {

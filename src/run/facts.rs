@@ -11,7 +11,6 @@ use crate::error::Result;
 use crate::postgres::control_file::State;
 use crate::postgres::data_dir::{OWN_DIR, RESTORE_MARKER};
 use crate::postgres::{ControlFile, PostmasterFile, is_vacant, version_of};
-use crate::repository::codec::Sha256;
 use crate::repository::{Claim, Found, Repository, Writer};
 use crate::restore::Reachable;
 use crate::storage::Store;
@@ -52,11 +51,10 @@ async fn look_into(repository: &Repository) -> Result<Bucket> {
 }
 
 async fn is_restorable(repository: &Repository, newest: &Claim) -> Result<bool> {
-    if repository.backup_ids().await?.is_empty() {
-        return Ok(false);
+    match Reachable::find(repository, Some(newest.generation), None).await? {
+        Some(reachable) => Ok(!reachable.view()?.usable(&reachable.backups).is_empty()),
+        None => Ok(false),
     }
-    let reachable = Reachable::read(repository, Some(newest.generation), None).await?;
-    Ok(!reachable.view()?.usable(&reachable.backups).is_empty())
 }
 
 async fn look_at(data_dir: &Path, repository: Option<&Repository>) -> Result<Directory> {
@@ -119,10 +117,9 @@ async fn behind(
     }
     // WAL after the last checkpoint is still in pg_wal, to the byte.
     let name = SegmentName::new(timeline, number, size);
-    let Some(head) = repository.wal_head(generation, WalFileName::Segment(name)).await? else { return Ok(None) };
     let local = crate::disk::read_if_there(&data_dir.join(format!("pg_wal/{name}")))?;
     match local {
-        Some(bytes) if Sha256::of(&bytes) == head.sha256 => Ok(None),
+        Some(bytes) if repository.holds(generation, WalFileName::Segment(name), &bytes).await? => Ok(None),
         Some(_) => Ok(Some(format!("the local {name} is not the one that was archived"))),
         None => {
             Ok(Some(format!("{name} was archived, and the directory's last checkpoint is at {}", control.checkpoint)))

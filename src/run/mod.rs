@@ -19,7 +19,7 @@ use crate::error::{Error, Result};
 use crate::events::{Event, Events};
 use crate::model::Generation;
 use crate::postgres::data_dir::OWN_DIR;
-use crate::postgres::{ConnectOptions, ControlFile, Install, is_vacant, version_of};
+use crate::postgres::{ConnectOptions, ControlFile, Install, version_of};
 use crate::repository::{Claim, Codec, NewWriter, Repository, Writer};
 use crate::restore::{self, Action, Target};
 use crate::storage::Store;
@@ -213,9 +213,4 @@ impl Machine<'_> {
 
 fn known(repository: Option<Repository>) -> Result<Repository> {
     repository.ok_or_else(|| Error::internal("a decision to restore without a repository"))
-}
-
-/// Whether a directory can be restored into; used by `cli` before it gives up privileges.
-pub fn is_free(data_dir: &std::path::Path) -> Result<bool> {
-    is_vacant(data_dir)
 }

@@ -60,17 +60,10 @@ async fn next(options: &Options, pusher: &Pusher, events: &Events) -> Result<()>
 
 /// When the newest backup that leads to this generation ended.
 async fn last_backup(pusher: &Pusher) -> Result<Option<Timestamp>> {
-    let repository = &pusher.repository;
-    if repository.backup_ids().await?.is_empty() {
-        return Ok(None);
-    }
-    let lineage = repository.lineage(pusher.writer.claim.generation, None).await?;
-    if repository.wal_index(&lineage).await?.newest_timeline().is_none() {
-        return Ok(None);
-    }
-    let reachable = Reachable::read(repository, Some(pusher.writer.claim.generation), None).await?;
-    let usable = reachable.view()?.usable(&reachable.backups).last().map(|(head, _)| head.stopped_at);
-    Ok(usable)
+    let found = Reachable::find(&pusher.repository, Some(pusher.writer.claim.generation), None).await?;
+    let Some(reachable) = found else { return Ok(None) };
+    let newest = reachable.view()?.usable(&reachable.backups).last().map(|(head, _)| head.stopped_at);
+    Ok(newest)
 }
 
 #[cfg(test)]

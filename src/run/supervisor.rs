@@ -93,7 +93,7 @@ async fn watch_archive(options: &Options, pusher: &Pusher, events: &Events) {
             oldest.and_then(|at| at.duration_since(SystemTime::UNIX_EPOCH).ok()).map(|at| now.saturating_sub(at));
         if let Some(behind) = waited.filter(|waited| *waited > limit && clock.monotonic() - told > limit) {
             told = clock.monotonic();
-            events.emit(Event::ArchiveLags { behind, newest: None });
+            events.emit(Event::ArchiveLags { behind });
         }
     }
 }

@@ -156,7 +156,7 @@ class Repository:
             parts = unpack_all(key, body, head["frames"], head["stored_sha256"])
             content = b"".join(parts)
             demand(all(len(part) == head["frame_size"] for part in parts[:-1]), key, "a frame has a wrong length")
-            demand(len(content) == head["size"] and sha256(content) == head["sha256"], key, "is not the file's content")
+            demand(len(content) == head["size"], key, "is not the file's content")
             return head, content
 
     def manifest(self, backup):

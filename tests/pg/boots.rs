@@ -228,3 +228,35 @@ fn an_existing_cluster_is_protected_when_it_is_adopted() {
     machine.start(&[]).ready();
     assert_eq!(machine.sql("SELECT count(*) FROM t"), "1");
 }
+
+#[test]
+fn as_process_1_of_a_container_it_passes_signals_on_and_leaves_nobody_behind() {
+    if !nix::unistd::geteuid().is_root() {
+        eprintln!("skipped: a process namespace needs root");
+        return;
+    }
+    let scratch = Scratch::new();
+    let bucket = Bucket::directory(&scratch);
+    let machine = Machine::new(&scratch, "a", &bucket);
+    let log = std::fs::File::create(machine.home.join("log")).expect("a log");
+    // Root inside, too: perennial becomes user postgres by itself.
+    let mut container = std::process::Command::new("unshare")
+        .args(["--pid", "--fork", "--mount-proc"])
+        .arg(perennial())
+        .args(["run", &bucket.url, "--init", "-D"])
+        .arg(machine.data_dir())
+        .args(["--", "-c", "listen_addresses=", "-k"])
+        .arg(&machine.home)
+        .stdout(log.try_clone().expect("shared"))
+        .stderr(log)
+        .spawn()
+        .expect("unshare runs");
+    wait_until("it is ready", || machine.log().contains("info: ready: port"));
+    assert_eq!(machine.sql("SELECT 1"), "1");
+    let children = std::fs::read_to_string(format!("/proc/{0}/task/{0}/children", container.id())).expect("listed");
+    let init: i32 = children.trim().parse().expect("one child: process 1 of the namespace");
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(init), Signal::SIGTERM).expect("signalled");
+    let status = container.wait().expect("ended");
+    assert_eq!(status.code(), Some(0), "{}", machine.log());
+    assert!(machine.log().contains("fast stop"), "{}", machine.log());
+}

@@ -6,6 +6,7 @@ use crate::cli::setup::Setup;
 use crate::cli::{args, environment, identity, output};
 use crate::error::{Error, Result};
 use crate::model::human_bytes;
+use crate::repository::Repository;
 use crate::storage::Policy;
 
 use super::wide;
@@ -31,7 +32,15 @@ pub fn run(setup: &Setup, args: args::Backup) -> Result<i32> {
             fail_on_damage: args.fail_on_damage,
             wal_timeout: args.wal_timeout,
         };
-        let repository = writer.repository(store, &setup.clock);
+        let repository = Repository::open(store, &setup.clock).await?;
+        if repository.descriptor().repository_id != writer.descriptor.repository_id {
+            return Err(Error::refused(format!(
+                "{} is another repository than the one this directory archives to ({})",
+                repository.address(),
+                writer.descriptor.repository_id
+            ))
+            .hint("the bucket was emptied or replaced: bring it back, or remove pgsql_tmp_perennial from the data directory to begin anew there"));
+        }
         let done = backup::run(&repository, &options, &setup.events).await?;
         if setup.global.json {
             output::json(&serde_json::json!({

@@ -8,7 +8,7 @@ use crate::error::Result;
 use crate::model::{Generation, Timestamp, human_bytes};
 use crate::repository::manifest::BackupHead;
 use crate::repository::reach::Window;
-use crate::repository::{Claim, Lineage, Repository};
+use crate::repository::{Claim, Repository};
 use crate::restore::Reachable;
 use crate::wal::WalFileName;
 
@@ -44,16 +44,13 @@ fn tips(claims: &[Claim]) -> Vec<Generation> {
 }
 
 async fn stretches_of(repository: &Repository, tip: Generation) -> Result<Vec<Stretch>> {
-    let lineage: Lineage = repository.lineage(tip, None).await?;
-    if repository.wal_index(&lineage).await?.newest_timeline().is_none() {
-        return Ok(Vec::new());
-    }
-    let reachable = Reachable::read(repository, Some(tip), None).await?;
+    let Some(reachable) = Reachable::find(repository, Some(tip), None).await? else { return Ok(Vec::new()) };
+    let view = reachable.view()?;
     let mut stretches = Vec::new();
     for window in reachable.windows()? {
-        let head = match window.last.and_then(|name| {
-            Some((name, reachable.view().ok()?.locate(name.timeline, name.number(lineage.tip().segment_size)?)?))
-        }) {
+        let number = window.last.and_then(|name| name.number(view.segment_size()).map(|number| (name, number)));
+        let place = number.and_then(|(name, number)| Some((name, view.locate(name.timeline, number)?)));
+        let head = match place {
             Some((name, place)) => repository.wal_head(place.generation, WalFileName::Segment(name)).await?,
             None => None,
         };

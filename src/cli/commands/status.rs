@@ -48,11 +48,7 @@ async fn look(repository: &Repository) -> Result<Report> {
     let Some(newest) = repository.newest_generation().await? else { return Ok(Report::default()) };
     let claim = repository.claim(newest).await?;
     let mut report = Report { newest: Some(claim), ..Report::default() };
-    let lineage = repository.lineage(newest, None).await?;
-    if repository.wal_index(&lineage).await?.newest_timeline().is_none() {
-        return Ok(report);
-    }
-    let reachable = Reachable::read(repository, Some(newest), None).await?;
+    let Some(reachable) = Reachable::find(repository, Some(newest), None).await? else { return Ok(report) };
     let view = reachable.view()?;
     let size = view.segment_size();
     let usable = view.usable(&reachable.backups);
