@@ -1,6 +1,6 @@
 //! The pipeline: files → regions → frames → packs → bucket, everything at once, everything bounded.
 //!
-//! Regions are read and compressed on blocking threads, at most [`IN_FLIGHT`] at a time, and taken up in the order of
+//! Regions are read and compressed on blocking threads, at most [`IN_FLIGHT_MAX`] at a time, and taken up in the order of
 //! their files, so that a file's frames lie side by side in a pack and a restore can fetch them together.
 
 use std::collections::{HashMap, VecDeque};
@@ -23,9 +23,13 @@ use crate::repository::Repository;
 use crate::repository::manifest::{DAMAGED_MAX, DamagedPage, FileEntry, REGION, Region};
 use crate::repository::pack::{FrameRef, PackBuilder};
 
-/// Regions being read, compressed or waiting for their turn. Each thread holds a
-/// region, a compressor and its buffer, about 5 MB.
-pub const IN_FLIGHT: usize = 6;
+/// Regions being read, compressed or waiting for their turn: two more than processors keep both disk and processors
+/// busy, and no more than this. Each thread holds a region, a compressor and its buffer, about 5 MB.
+pub const IN_FLIGHT_MAX: usize = 8;
+
+fn in_flight() -> usize {
+    std::thread::available_parallelism().map_or(2, usize::from).saturating_add(2).min(IN_FLIGHT_MAX)
+}
 
 /// The control file is read again this many times when its checksum does not hold: the server may be writing it.
 const CONTROL_READS: u32 = 10;
@@ -60,6 +64,7 @@ pub async fn run(task: &Task<'_>, walk: &Walk, outside: &[FileItem], events: &Ev
         events,
         owners: HashMap::new(),
         queue: VecDeque::new(),
+        in_flight: in_flight(),
         copied: Copied::default(),
         pack: None,
         uploads: JoinSet::new(),
@@ -93,6 +98,7 @@ struct Copy<'a> {
     events: &'a Events,
     owners: HashMap<u32, Option<String>>,
     queue: VecDeque<Part>,
+    in_flight: usize,
     copied: Copied,
     pack: Option<PackBuilder>,
     uploads: JoinSet<Result<()>>,
@@ -173,7 +179,7 @@ impl Copy<'_> {
 
     async fn push(&mut self, part: Part) -> Result<()> {
         self.queue.push_back(part);
-        self.drain(IN_FLIGHT).await
+        self.drain(self.in_flight).await
     }
 
     /// Takes up parts until at most `left` are in flight.

@@ -24,9 +24,9 @@ use crate::repository::manifest::{BackupHead, Directory, Line, Link, ManifestWri
 
 use copy::Copied;
 
-/// Packs on their way at once. Memory budget of a backup: one pack being filled and these, 64 MB, plus
-/// [`copy::IN_FLIGHT`] regions of 1 MB and their compressed copies.
-pub const UPLOADS: usize = 3;
+/// Packs on their way at once. Memory budget of a backup, under 128 MB: one pack being filled and these, 48 MB, and up
+/// to [`copy::IN_FLIGHT_MAX`] threads with 5 MB each.
+pub const UPLOADS: usize = 2;
 
 #[derive(Debug, Clone)]
 pub struct Options {
