@@ -61,10 +61,6 @@ impl Source {
         Ok(Source { repository, options, lineage, index })
     }
 
-    pub fn repository(&self) -> &Repository {
-        &self.repository
-    }
-
     pub fn segment_size(&self) -> crate::wal::SegmentSize {
         self.lineage.tip().segment_size
     }

@@ -127,7 +127,12 @@ async fn outside_files(client: &Client, data_dir: &Path) -> Result<Vec<FileItem>
     let inside = std::fs::canonicalize(data_dir).on("resolve", data_dir)?;
     let mut outside = Vec::new();
     for path in client.configuration_files().await? {
-        let Ok(path) = std::fs::canonicalize(&path) else { continue };
+        let path = match std::fs::canonicalize(&path) {
+            Ok(path) => path,
+            // The server names files that need not be there, such as an hba_file that was moved since its start.
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => continue,
+            Err(e) => return Err(e).on("resolve", &path),
+        };
         let metadata = std::fs::metadata(&path).on("stat", &path)?;
         let name = path.to_str().ok_or_else(|| Error::refused(format!("{}: the name is not UTF-8", path.display())))?;
         if !path.starts_with(&inside) && metadata.is_file() {

@@ -102,10 +102,6 @@ impl Repository {
         &*self.store
     }
 
-    pub fn shared_store(&self) -> Arc<dyn Store> {
-        Arc::clone(&self.store)
-    }
-
     pub fn descriptor(&self) -> &Descriptor {
         &self.descriptor
     }

@@ -62,14 +62,6 @@ impl WalIndex {
         self.timelines().max()
     }
 
-    pub fn segment_count(&self) -> u64 {
-        self.segments.values().map(|segments| segments.len() as u64).sum()
-    }
-
-    pub fn stored_bytes(&self) -> u64 {
-        self.segments.values().flat_map(BTreeMap::values).map(|place| place.stored).sum()
-    }
-
     /// Notes a segment unless a newer generation already has it.
     pub fn add_segment(&mut self, name: SegmentName, size: SegmentSize, place: WalPlace) {
         if let Some(number) = name.number(size) {

@@ -216,9 +216,7 @@ fn an_existing_cluster_is_protected_when_it_is_adopted() {
     let scratch = Scratch::new();
     let bucket = Bucket::directory(&scratch);
     let mut machine = Machine::new(&scratch, "a", &bucket);
-    let mut initdb = std::process::Command::new(Postgres::debian().program("initdb"));
-    let output = as_server_user(initdb.arg("-D").arg(machine.data_dir()).current_dir("/")).output().expect("runs");
-    assert!(output.status.success(), "{}", text(&output));
+    machine.initdb();
     machine.start(&[]);
     assert_eq!(machine.ended(), REFUSED);
     machine.start(&["--adopt"]).ready().with_backup();

@@ -62,9 +62,7 @@ fn a_server_that_does_not_archive_is_not_backed_up() {
     let bucket = Bucket::directory(&scratch);
     bucket.must(&["init"]);
     let mut machine = Machine::new(&scratch, "a", &bucket);
-    let mut initdb = std::process::Command::new(Postgres::debian().program("initdb"));
-    let output = as_server_user(initdb.arg("-D").arg(machine.data_dir()).current_dir("/")).output().expect("runs");
-    assert!(output.status.success(), "{}", text(&output));
+    machine.initdb();
     let plain = Plain::start(&scratch, "a", &bucket, &Postgres::debian()).up(false);
     let said = bucket.must_fail(&["backup", "-D", machine.data_dir().to_str().expect("text")], REFUSED);
     assert!(said.contains("archive_mode is off"), "{said}");
@@ -78,9 +76,7 @@ fn a_server_that_something_else_runs_is_protected_by_its_archive_command_alone()
     let bucket = Bucket::s3();
     bucket.must(&["init"]);
     let machine = Machine::new(&scratch, "a", &bucket);
-    let mut initdb = std::process::Command::new(Postgres::debian().program("initdb"));
-    let output = as_server_user(initdb.arg("-D").arg(machine.data_dir()).current_dir("/")).output().expect("runs");
-    assert!(output.status.success(), "{}", text(&output));
+    machine.initdb();
     // Configuration outside the data directory, as Debian has it.
     let etc = scratch.dir("etc");
     for name in ["postgresql.conf", "pg_hba.conf", "pg_ident.conf"] {

@@ -231,6 +231,13 @@ impl Machine {
         self.home.join("data")
     }
 
+    /// Makes a cluster that Perennial knows nothing of.
+    pub fn initdb(&self) {
+        let mut initdb = Command::new(self.postgres.program("initdb"));
+        let output = as_server_user(initdb.arg("-D").arg(self.data_dir()).current_dir("/")).output().expect("runs");
+        assert!(output.status.success(), "{}", text(&output));
+    }
+
     /// Starts `perennial run` with more arguments, and options for postgres after `--`.
     pub fn start(&mut self, arguments: &[&str]) -> &mut Machine {
         assert!(self.child.is_none(), "{} runs already", self.name);

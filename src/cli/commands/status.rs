@@ -6,7 +6,7 @@ use serde_json::json;
 
 use crate::cli::setup::Setup;
 use crate::cli::{args, output};
-use crate::error::Result;
+use crate::error::{IoContext, Result};
 use crate::model::{Lsn, Timestamp};
 use crate::postgres::data_dir::OWN_DIR;
 use crate::repository::manifest::BackupHead;
@@ -72,9 +72,11 @@ async fn look(repository: &Repository) -> Result<Report> {
 fn look_locally(data_dir: &Path) -> Result<Local> {
     let writer = Writer::load(&data_dir.join(OWN_DIR))?;
     let status = data_dir.join("pg_wal/archive_status");
-    let waiting = std::fs::read_dir(&status).map_or(0, |entries| {
-        entries.flatten().filter(|entry| entry.file_name().to_string_lossy().ends_with(".ready")).count() as u64
-    });
+    let mut waiting = 0;
+    for entry in std::fs::read_dir(&status).on("list directory", &status)? {
+        let name = entry.on("list directory", &status)?.file_name();
+        waiting += u64::from(name.to_string_lossy().ends_with(".ready"));
+    }
     Ok(Local { writer, waiting })
 }
 
