@@ -43,6 +43,7 @@ pub async fn ensure_writer(
         None => claim(&repository, data_dir, host, events).await?,
     };
     writer.save(&own_dir)?;
+    forget_origin(&own_dir)?;
     Ok(writer)
 }
 
@@ -109,6 +110,11 @@ pub fn note_origin(own_dir: &Path, generation: Generation) -> Result<()> {
     }
     disk::create_dir(own_dir, 0o700)?;
     disk::durable_write(&own_dir.join(ORIGIN), generation.padded().as_bytes(), 0o600)
+}
+
+/// A directory that has claimed a generation has no other origin any more.
+pub fn forget_origin(own_dir: &Path) -> Result<()> {
+    disk::remove_if_there(&own_dir.join(ORIGIN))
 }
 
 pub fn read_origin(own_dir: &Path) -> Result<Option<Generation>> {

@@ -1,7 +1,5 @@
 //! Everything that is printed: results to stdout, events, progress and errors to stderr.
 
-#![allow(clippy::print_stdout, clippy::print_stderr, reason = "this is the module that prints")]
-
 use std::io::IsTerminal;
 use std::sync::Mutex;
 
@@ -27,10 +25,14 @@ pub fn json(value: &impl serde::Serialize) -> Result<()> {
 }
 
 pub fn error(error: &Error) {
-    eprintln!("perennial: {error}");
-    if let Some(hint) = error.hint_text() {
-        eprintln!("  hint: {hint}");
-    }
+    let hint = error.hint_text().map(|hint| format!("  hint: {hint}\n")).unwrap_or_default();
+    to_stderr(&format!("perennial: {error}\n{hint}"));
+}
+
+/// In one write: the server writes to the same place, and its lines must not end up inside ours.
+fn to_stderr(text: &str) {
+    use std::io::Write;
+    let _ = std::io::stderr().lock().write_all(text.as_bytes());
 }
 
 /// Writes events as they come: a progress bar on a terminal, plain lines otherwise.
@@ -66,7 +68,7 @@ fn print(clock: &Clock, level: Level, event: &Event) {
         Level::Warning => "WARNING",
         Level::Alarm => "ALARM",
     };
-    eprintln!("{} perennial {label}: {event}", clock.now().short());
+    to_stderr(&format!("{} perennial {label}: {event}\n", clock.now().short()));
 }
 
 struct Bar {

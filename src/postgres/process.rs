@@ -9,7 +9,7 @@ use nix::sys::signal::Signal;
 use tokio::sync::watch;
 
 use crate::disk;
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
 
 /// How to stop a server (manual section 19.5).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -143,10 +143,24 @@ pub struct PostmasterFile {
 }
 
 impl PostmasterFile {
-    /// `None` when there is no such file: no server runs there. One that is being written reads as starting.
+    /// `None` when there is no such file: no server runs there. One without a pid says nothing and is an error: a server
+    /// is writing it this moment, or a full disk left it so.
     pub fn read(data_dir: &Path) -> Result<Option<PostmasterFile>> {
         let path = data_dir.join("postmaster.pid");
-        Ok(disk::read_if_there(&path)?.and_then(|text| PostmasterFile::parse(&String::from_utf8_lossy(&text))))
+        let Some(text) = disk::read_if_there(&path)? else { return Ok(None) };
+        PostmasterFile::parse(&String::from_utf8_lossy(&text)).map(Some).ok_or_else(|| {
+            let path = path.display();
+            Error::refused(format!("{path} names no process: a server is starting there, or a full disk left it so"))
+                .hint(format!("try again; if it stays like this and no server runs there, remove it (rm '{path}')"))
+        })
+    }
+
+    /// Of a server that is being started: its file may be half written for a moment.
+    pub fn of_starting(data_dir: &Path) -> Result<Option<PostmasterFile>> {
+        match PostmasterFile::read(data_dir) {
+            Err(error) if error.kind() == Kind::Refused => Ok(None),
+            read => read,
+        }
     }
 
     fn parse(text: &str) -> Option<PostmasterFile> {
@@ -172,9 +186,14 @@ impl PostmasterFile {
         self.socket_dir.clone().or_else(|| self.listen_address.clone()).unwrap_or_else(|| "localhost".to_owned())
     }
 
-    /// Whether the process it names lives.
-    pub fn is_alive(&self) -> bool {
-        nix::sys::signal::kill(nix::unistd::Pid::from_raw(self.pid), None) != Err(nix::errno::Errno::ESRCH)
+    /// Whether the process it names lives and is the server of that directory. After a restart of the machine or the
+    /// container the number may be another process's, even our own; a server's working directory is its data directory.
+    pub fn is_alive(&self, data_dir: &Path) -> bool {
+        let lives = nix::sys::signal::kill(nix::unistd::Pid::from_raw(self.pid), None).is_ok();
+        let cwd = std::fs::read_link(format!("/proc/{}/cwd", self.pid));
+        // What cannot be told for certain counts as a server.
+        let elsewhere = matches!((&cwd, std::fs::canonicalize(data_dir)), (Ok(cwd), Ok(dir)) if *cwd != dir);
+        lives && !elsewhere
     }
 }
 
@@ -193,6 +212,18 @@ mod tests {
         let early = PostmasterFile::parse("4242\n/data\n").expect("a pid");
         assert_eq!(early.status, ServerStatus::Starting);
         assert_eq!(PostmasterFile::parse(""), None);
+    }
+
+    #[test]
+    fn a_number_that_is_another_process_by_now_is_no_server() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let path = dir.path().join("postmaster.pid");
+        std::fs::write(&path, format!("{}\n", std::process::id())).expect("written");
+        let ours = PostmasterFile::read(dir.path()).expect("read").expect("there");
+        assert!(!ours.is_alive(dir.path()), "this test runs elsewhere");
+        std::fs::write(&path, "").expect("written");
+        assert_eq!(PostmasterFile::read(dir.path()).expect_err("says nothing").kind(), Kind::Refused);
+        assert_eq!(PostmasterFile::of_starting(dir.path()).expect("in a moment"), None);
     }
 
     #[tokio::test]

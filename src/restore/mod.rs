@@ -103,7 +103,7 @@ pub async fn choose(repository: &Repository, options: &Options) -> Result<Choice
 }
 
 fn check_directory(data_dir: &Path, force: bool) -> Result<()> {
-    if PostmasterFile::read(data_dir)?.is_some_and(|file| file.is_alive()) {
+    if PostmasterFile::read(data_dir)?.is_some_and(|file| file.is_alive(data_dir)) {
         return Err(Error::refused(format!("a server is running in {}", data_dir.display()))
             .hint("stop it, or restore to another directory"));
     }

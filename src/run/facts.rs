@@ -67,7 +67,7 @@ async fn look_at(data_dir: &Path, repository: Option<&Repository>) -> Result<Dir
     if !data_dir.join("PG_VERSION").is_file() {
         return Ok(Directory::Foreign);
     }
-    if let Some(running) = PostmasterFile::read(data_dir)?.filter(PostmasterFile::is_alive) {
+    if let Some(running) = PostmasterFile::read(data_dir)?.filter(|file| file.is_alive(data_dir)) {
         return Ok(Directory::Running { pid: running.pid });
     }
     let control = ControlFile::read(data_dir, version_of(data_dir)?)?;

@@ -11,7 +11,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::archive::claim::push_history;
+use crate::archive::claim::{forget_origin, push_history};
 use crate::archive::push::Pusher;
 use crate::clock::Clock;
 use crate::disk;
@@ -198,7 +198,9 @@ impl Machine<'_> {
         self.tell(&claim);
         let writer = Writer::new(repository, claim);
         push_history(repository, &writer, &self.options.data_dir, self.events).await?;
-        writer.save(&self.options.data_dir.join(OWN_DIR))?;
+        let own_dir = self.options.data_dir.join(OWN_DIR);
+        writer.save(&own_dir)?;
+        forget_origin(&own_dir)?;
         Ok(Some(writer))
     }
 

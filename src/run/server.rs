@@ -56,7 +56,7 @@ pub(super) async fn wait_until_ready(
         if server.has_ended().is_some() {
             return Ok(None);
         }
-        let file = PostmasterFile::read(data_dir)?.filter(|file| file.pid == server.pid());
+        let file = PostmasterFile::of_starting(data_dir)?.filter(|file| file.pid == server.pid());
         if let Some(file) = file.filter(|file| file.status == ServerStatus::Ready) {
             return Ok(Some(file));
         }

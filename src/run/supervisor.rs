@@ -87,7 +87,11 @@ async fn watch_archive(options: &Options, pusher: &Pusher, events: &Events) {
     let mut told = clock.monotonic();
     loop {
         clock.sleep(WATCH).await;
-        let oldest = ready_files(&options.data_dir).ok().and_then(|files| files.into_iter().map(|(_, at)| at).min());
+        let ready = ready_files(&options.data_dir).unwrap_or_else(|error| {
+            events.warning(format!("how far archiving lags cannot be told: {error}"));
+            Vec::new()
+        });
+        let oldest = ready.into_iter().map(|(_, at)| at).min();
         let now = Duration::from_micros(clock.now().unix_micros().max(0) as u64);
         let waited =
             oldest.and_then(|at| at.duration_since(SystemTime::UNIX_EPOCH).ok()).map(|at| now.saturating_sub(at));

@@ -9,8 +9,8 @@ use futures::stream::BoxStream;
 use futures::{StreamExt, TryStreamExt};
 use object_store::path::Path;
 use object_store::{
-    Attribute, Attributes, GetOptions, GetRange, ObjectStore, ObjectStoreExt, PutMode, PutOptions, PutPayload,
-    RetryConfig,
+    Attribute, Attributes, ClientOptions, GetOptions, GetRange, ObjectStore, ObjectStoreExt, PutMode, PutOptions,
+    PutPayload, RetryConfig,
 };
 
 use super::failure::{Meaning, meaning};
@@ -119,9 +119,15 @@ impl Store for Adapter {
             None => self.inner.list(Some(&path)),
         };
         let sorts = !self.local;
-        let entries = raw.map(move |meta| match meta {
-            Ok(meta) => Ok(this.entry(&meta)),
-            Err(raw) => Err(this.failed(raw, &prefix)),
+        let after = after.map(str::to_owned);
+        let entries = raw.filter_map(move |meta| {
+            let entry = match meta {
+                Ok(meta) => Ok(this.entry(&meta)),
+                Err(raw) => Err(this.failed(raw, &prefix)),
+            };
+            // Azure starts with the key itself.
+            let wanted = entry.as_ref().map_or(true, |entry| after.as_ref().is_none_or(|after| entry.key > *after));
+            std::future::ready(wanted.then_some(entry))
         });
         if sorts {
             return entries.boxed();
@@ -184,9 +190,21 @@ pub(super) fn no_retries() -> RetryConfig {
     RetryConfig { max_retries: 0, ..RetryConfig::default() }
 }
 
+/// Deadlines are ours (`storage::Policy`): a fixed one would cut large transfers on slow lines.
+pub(super) fn client_options() -> ClientOptions {
+    ClientOptions::new().with_timeout_disabled()
+}
+
+/// The value of a setting under any of its names.
+fn named<'a>(settings: &'a [(String, String)], names: &[&str]) -> Option<&'a str> {
+    settings.iter().find(|(name, _)| names.contains(&name.as_str())).map(|(_, value)| value.as_str())
+}
+
 pub(super) fn open_google(location: &Location, bucket: &str, settings: &[(String, String)]) -> Result<Adapter> {
-    let mut builder =
-        object_store::gcp::GoogleCloudStorageBuilder::new().with_bucket_name(bucket).with_retry(no_retries());
+    let mut builder = object_store::gcp::GoogleCloudStorageBuilder::new()
+        .with_bucket_name(bucket)
+        .with_retry(no_retries())
+        .with_client_options(client_options());
     for (name, value) in settings {
         if let Ok(key) = name.to_ascii_lowercase().parse() {
             builder = builder.with_config(key, value);
@@ -197,8 +215,12 @@ pub(super) fn open_google(location: &Location, bucket: &str, settings: &[(String
 }
 
 pub(super) fn open_azure(location: &Location, container: &str, settings: &[(String, String)]) -> Result<Adapter> {
-    let mut builder =
-        object_store::azure::MicrosoftAzureBuilder::new().with_container_name(container).with_retry(no_retries());
+    let endpoint = named(settings, &["AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT"]);
+    let plain_http = endpoint.is_some_and(|endpoint| endpoint.starts_with("http://"));
+    let mut builder = object_store::azure::MicrosoftAzureBuilder::new()
+        .with_container_name(container)
+        .with_retry(no_retries())
+        .with_client_options(client_options().with_allow_http(plain_http));
     for (name, value) in settings {
         if let Ok(key) = name.to_ascii_lowercase().parse() {
             builder = builder.with_config(key, value);

@@ -9,11 +9,12 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use object_store::CredentialProvider;
 use object_store::aws::AwsCredential;
-use reqsign_aws_core::{Credential, DefaultCredentialProvider};
+use reqsign_aws_core::{Credential, DefaultCredentialProvider, SSOCredentialProvider};
 use reqsign_core::{
     CommandExecute, CommandOutput, Context, Error as SignError, FileRead, HttpSend, ProvideCredential, StaticEnv,
 };
 
+use super::failure::NO_PROFILE_CREDENTIAL;
 use super::s3::S3Settings;
 use crate::error::{Error, Result};
 
@@ -42,7 +43,11 @@ impl ProfileCredentials {
             .with_env(env)
             .with_command_execute(Commands);
         let profile = settings.get("AWS_PROFILE").unwrap_or("default").to_owned();
-        let provider = DefaultCredentialProvider::builder().no_env().no_web_identity().no_ecs().no_imds().build();
+        let mut provider = DefaultCredentialProvider::builder().no_env().no_web_identity().no_ecs().no_imds();
+        if let Some(sso) = sso_session(settings) {
+            provider = provider.sso(sso);
+        }
+        let provider = provider.build();
         Ok(ProfileCredentials { provider, context, profile, cached: tokio::sync::Mutex::new(None) })
     }
 }
@@ -60,7 +65,7 @@ impl CredentialProvider for ProfileCredentials {
         }
         let failed = |why: String| object_store::Error::Generic {
             store: "S3",
-            source: format!("no credential from AWS profile '{}': {why}", self.profile).into(),
+            source: format!("{NO_PROFILE_CREDENTIAL} '{}': {why}", self.profile).into(),
         };
         let found = self.provider.provide_credential(&self.context).await.map_err(|e| failed(e.to_string()))?;
         let Some(Credential { access_key_id, secret_access_key, session_token, expires_in }) = found else {
@@ -76,7 +81,10 @@ impl CredentialProvider for ProfileCredentials {
 /// A setting of the chosen profile (`region`, `endpoint_url`), which the AWS tools honour too.
 pub(super) fn profile_setting(settings: &S3Settings, name: &str) -> Option<String> {
     let profile = settings.get("AWS_PROFILE").unwrap_or("default");
-    let headers = [format!("[{profile}]"), format!("[profile {profile}]")];
+    section_setting(settings, &[format!("[{profile}]"), format!("[profile {profile}]")], name)
+}
+
+fn section_setting(settings: &S3Settings, headers: &[String], name: &str) -> Option<String> {
     settings.profile_files().iter().find_map(|path| {
         let text = std::fs::read_to_string(path).ok()?;
         let section = text.lines().map(str::trim).skip_while(|line| !headers.iter().any(|header| header == line));
@@ -84,6 +92,19 @@ pub(super) fn profile_setting(settings: &S3Settings, name: &str) -> Option<Strin
             section.skip(1).take_while(|line| !line.starts_with('[')).filter_map(|line| line.split_once('='));
         pairs.find(|(key, _)| key.trim() == name).map(|(_, value)| value.trim().to_owned())
     })
+}
+
+/// A profile that names an `sso-session`, as `aws configure sso` writes today; the library reads the older form only.
+/// What it calls the start URL names the cached token's file, and for a session that is the session's name.
+fn sso_session(settings: &S3Settings) -> Option<SSOCredentialProvider> {
+    let session = profile_setting(settings, "sso_session")?;
+    let region = section_setting(settings, &[format!("[sso-session {session}]")], "sso_region")?;
+    let provider = SSOCredentialProvider::new()
+        .with_account_id(profile_setting(settings, "sso_account_id")?)
+        .with_role_name(profile_setting(settings, "sso_role_name")?)
+        .with_region(region)
+        .with_start_url(session);
+    Some(provider)
 }
 
 #[derive(Debug)]

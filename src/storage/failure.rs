@@ -29,7 +29,9 @@ pub(super) fn meaning(raw: Raw, url: &str, local: bool) -> Meaning {
                     .hint("check the bucket's name in the URL; Perennial never creates buckets"),
             );
         }
-        Raw::NotFound { .. } if says(&text, &["NoSuchKey", "BlobNotFound"]) => return Meaning::Absent,
+        Raw::NotFound { .. } if says(&text, &["NoSuchKey", "BlobNotFound", "The specified blob does not exist"]) => {
+            return Meaning::Absent;
+        }
         // A proxy's or a wrong server's 404 says nothing about the object.
         Raw::NotFound { .. } => {
             return Meaning::Failed(
@@ -55,102 +57,120 @@ fn is_bare_409(text: &str) -> bool {
     text.contains("status code: 409") && !says(text, &["BlobAlreadyExists"])
 }
 
-fn failure(text: &str, url: &str) -> Error {
-    const TABLE: &[(&[&str], Kind, &str, &str)] = &[
-        (
-            &["ExpiredToken", "TokenRefreshRequired", "ExpiredTokenException"],
-            Kind::Denied,
-            "the credentials have expired",
-            "renew them (`aws sso login` for SSO) and run the command again",
-        ),
-        (
-            &["RequestTimeTooSkewed"],
-            Kind::Denied,
-            "this machine's clock is too far from the store's",
-            "set the clock (`timedatectl set-ntp true`) and run the command again",
-        ),
-        (
-            &[
-                "AuthorizationHeaderMalformed",
-                "PermanentRedirect",
-                "IllegalLocationConstraint",
-                "incorrectly configured region",
-            ],
-            Kind::Refused,
-            "the bucket is in another region",
-            "set AWS_REGION to the bucket's region (`aws s3api get-bucket-location --bucket NAME`)",
-        ),
-        (
-            &["InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken", "NoSuchKey: The specified access key"],
-            Kind::Denied,
-            "the store does not accept these credentials",
-            "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or the profile named by AWS_PROFILE",
-        ),
-        (
-            &["KMS.", "kms:"],
-            Kind::Denied,
-            "the KMS key cannot be used",
-            "allow kms:GenerateDataKey and kms:Decrypt on the key to these credentials",
-        ),
-        (
-            &[
-                "AccessDenied",
-                "AllAccessDisabled",
-                "AuthorizationPermissionMismatch",
-                "status code: 403",
-                "status code: 401",
-            ],
-            Kind::Denied,
-            "access is denied",
-            "allow s3:GetObject, s3:PutObject, s3:ListBucket and s3:DeleteObject on the bucket to these credentials",
-        ),
-        (
-            &[
-                "169.254.169.254",
-                "169.254.170.2",
-                "latest/api/token",
-                "AssumeRoleWithWebIdentity",
-                "credential",
-                "Credential",
-            ],
-            Kind::Denied,
-            "no usable credentials were found",
-            "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or AWS_PROFILE, or give the instance a role",
-        ),
-        (
-            &["NoSuchBucket", "ContainerNotFound"],
-            Kind::NotFound,
-            "the bucket does not exist",
-            "check the bucket's name in the URL; Perennial never creates buckets",
-        ),
-        (
-            &["UnknownIssuer", "invalid peer certificate", "CertificateUnknown", "certificate"],
-            Kind::Unreachable,
-            "the store's TLS certificate is not trusted",
-            "name the file of its certificate authority in AWS_CA_BUNDLE",
-        ),
-    ];
-    for (codes, kind, message, hint) in TABLE {
-        if says(text, codes) {
-            return Error::new(*kind, format!("{url}: {message}: {}", brief(text))).hint(*hint);
-        }
+/// What a failed request said: the address it went to apart from the words, because a bucket may be called anything.
+struct Said {
+    /// Whether credentials were asked for, not the store.
+    of_credentials: bool,
+    status: Option<u16>,
+    words: String,
+}
+
+/// Parts of the addresses that hand out credentials: EC2, ECS and EKS, STS.
+const CREDENTIAL_SOURCES: &[&str] = &[
+    "http://169.254.169.254",
+    "http://169.254.170.2",
+    "/latest/api/token",
+    "/latest/meta-data/iam",
+    "Action=AssumeRole",
+];
+
+impl Said {
+    /// The library writes "Error performing GET http://… in 1ms - Server returned non-2xx status code: 404 Not Found: …".
+    fn read(text: &str) -> Said {
+        let request = text.split_once("Error performing ").and_then(|(before, rest)| {
+            let (request, after) = rest.split_once(" in ")?;
+            Some((request, format!("{before}{after}")))
+        });
+        let (request, words) = request.unwrap_or(("", text.to_owned()));
+        let status = words.split_once("status code: ").and_then(|(_, rest)| rest.get(..3)?.parse().ok());
+        let profile = words.contains(NO_PROFILE_CREDENTIAL);
+        Said { of_credentials: profile || says(request, CREDENTIAL_SOURCES), status, words }
     }
-    let transient = [
-        "status code: 5",
-        "status code: 429",
-        "status code: 408",
-        "status code: 409",
-        "SlowDown",
-        "InternalError",
-        "error response",
-    ];
-    if says(text, &transient) {
+
+    fn is_transient(&self) -> bool {
+        const WORDS: &[&str] = &["SlowDown", "InternalError", "Server returned error response"];
+        matches!(self.status, Some(408 | 409 | 429 | 500..)) || (self.status.is_none() && says(&self.words, WORDS))
+    }
+}
+
+/// What an error of a profile's credentials starts with.
+pub(super) const NO_PROFILE_CREDENTIAL: &str = "no credential from AWS profile";
+
+/// What the store's own codes mean to an operator, told by status and code.
+const TABLE: &[(&[&str], Kind, &str, &str)] = &[
+    (
+        &["ExpiredToken", "TokenRefreshRequired", "ExpiredTokenException"],
+        Kind::Denied,
+        "the credentials have expired",
+        "renew them (`aws sso login` for SSO) and run the command again",
+    ),
+    (
+        &["RequestTimeTooSkewed"],
+        Kind::Denied,
+        "this machine's clock is too far from the store's",
+        "set the clock (`timedatectl set-ntp true`) and run the command again",
+    ),
+    (
+        &[
+            "AuthorizationHeaderMalformed",
+            "PermanentRedirect",
+            "IllegalLocationConstraint",
+            "incorrectly configured region",
+        ],
+        Kind::Refused,
+        "the bucket is in another region",
+        "set AWS_REGION to the bucket's region (`aws s3api get-bucket-location --bucket NAME`)",
+    ),
+    (
+        &["InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken", "NoSuchKey: The specified access key"],
+        Kind::Denied,
+        "the store does not accept these credentials",
+        "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or the profile named by AWS_PROFILE",
+    ),
+    (
+        &["KMS.", "kms:"],
+        Kind::Denied,
+        "the KMS key cannot be used",
+        "allow kms:GenerateDataKey and kms:Decrypt on the key to these credentials",
+    ),
+    (
+        &["AccessDenied", "AllAccessDisabled", "AuthorizationPermissionMismatch", "code: 403", "code: 401"],
+        Kind::Denied,
+        "access is denied",
+        "allow s3:GetObject, s3:PutObject, s3:ListBucket and s3:DeleteObject on the bucket to these credentials",
+    ),
+    (
+        &["NoSuchBucket", "ContainerNotFound"],
+        Kind::NotFound,
+        "the bucket does not exist",
+        "check the bucket's name in the URL; Perennial never creates buckets",
+    ),
+];
+
+fn failure(text: &str, url: &str) -> Error {
+    let said = Said::read(text);
+    if said.of_credentials && !said.is_transient() {
+        let message = format!("{url}: no usable credentials were found: {}", brief(text));
+        return Error::new(Kind::Denied, message)
+            .hint("set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or AWS_PROFILE, or give the instance a role");
+    }
+    if said.is_transient() {
         return Error::new(Kind::Unreachable, format!("{url}: the store answered that it cannot now: {}", brief(text)))
             .hint("the store is overloaded or failing; run the command again later")
             .retryable();
     }
-    if text.contains("status code:") {
+    for (codes, kind, message, hint) in TABLE {
+        if says(&said.words, codes) {
+            return Error::new(*kind, format!("{url}: {message}: {}", brief(text))).hint(*hint);
+        }
+    }
+    if said.status.is_some() {
         return Error::new(Kind::Refused, format!("{url}: the store refused the request: {}", brief(text)));
+    }
+    if says(&said.words, &["UnknownIssuer", "invalid peer certificate", "CertificateUnknown"]) {
+        let message = format!("{url}: the store's TLS certificate is not trusted: {}", brief(text));
+        return Error::new(Kind::Unreachable, message)
+            .hint("name the file of its certificate authority in AWS_CA_BUNDLE");
     }
     Error::new(Kind::Unreachable, format!("{url}: the store cannot be reached: {}", brief(text)))
         .hint("check the endpoint (AWS_ENDPOINT_URL) and the network between this machine and the store")
@@ -253,6 +273,28 @@ mod tests {
             (raw("503 Slow Down", "<Error><Code>SlowDown</Code></Error>"), Kind::Unreachable, true),
             ("error sending request: tcp connect error: Connection refused".to_owned(), Kind::Unreachable, true),
             ("invalid peer certificate: UnknownIssuer".to_owned(), Kind::Unreachable, false),
+            // Names that are words of other rules; and a metadata service that cannot now.
+            (
+                "Generic S3 error: Error performing PUT https://s3/credential-certificate/AccessDenied in 1ms - Server returned non-2xx status code: 503 Busy: <x/>".to_owned(),
+                Kind::Unreachable,
+                true,
+            ),
+            (
+                "Generic S3 error: Error performing GET https://s3/169.254.169.254-dumps/certificate in 1ms - HTTP error: connection reset".to_owned(),
+                Kind::Unreachable,
+                true,
+            ),
+            (
+                "Generic S3 error: Error performing PUT http://169.254.169.254/latest/api/token in 1ms - Server returned non-2xx status code: 503 Busy".to_owned(),
+                Kind::Unreachable,
+                true,
+            ),
+            (
+                "Generic S3 error: Error performing PUT http://169.254.169.254/latest/api/token in 1ms - HTTP error: error sending request".to_owned(),
+                Kind::Denied,
+                false,
+            ),
+            ("Generic S3 error: no credential from AWS profile 'x': nothing".to_owned(), Kind::Denied, false),
         ] {
             let error = failure(&text, "s3://b/k");
             assert_eq!((error.kind(), error.is_retryable()), (kind, retryable), "{text}");

@@ -87,6 +87,9 @@ pub(super) fn open(location: &Location, bucket: &str, settings: &S3Settings) -> 
     if let Some(region) = region.or_else(|| from_profile("region")) {
         builder = builder.with_region(region);
     }
+    if let Some(endpoint) = settings.get("AWS_EC2_METADATA_SERVICE_ENDPOINT") {
+        builder = builder.with_metadata_endpoint(endpoint.trim_end_matches('/'));
+    }
     let plain_http = endpoint.as_deref().is_some_and(|url| url.starts_with("http://"));
     if let Some(endpoint) = endpoint {
         builder = builder.with_endpoint(endpoint.trim_end_matches('/'));
@@ -112,8 +115,7 @@ pub(super) fn open(location: &Location, bucket: &str, settings: &S3Settings) -> 
 }
 
 fn client_options(settings: &S3Settings, plain_http: bool) -> Result<ClientOptions> {
-    // Deadlines are ours (`storage::Policy`): a fixed one would cut large transfers on slow lines.
-    let mut options = ClientOptions::new().with_timeout_disabled().with_allow_http(plain_http);
+    let mut options = super::adapter::client_options().with_allow_http(plain_http);
     if let Some(path) = settings.get("AWS_CA_BUNDLE") {
         let pem = std::fs::read(path).on("read AWS_CA_BUNDLE", path)?;
         let certificates = Certificate::from_pem_bundle(&pem)

@@ -83,6 +83,9 @@ pub struct SegmentFacts {
     pub records: u64,
 }
 
+/// Bytes kept of a record: enough for the header and the start of the data of those we look into.
+const KEPT: usize = 128;
+
 /// At most this many restore points of one segment are listed; a segment full of them must not make a huge header.
 const RESTORE_POINTS_MAX: usize = 64;
 
@@ -103,8 +106,15 @@ pub fn scan_segment(name: SegmentName, bytes: &[u8]) -> Result<(SegmentHeader, S
     if header.timeline > name.timeline {
         return Err(damaged(format!("its first page belongs to timeline {}", header.timeline)));
     }
-    let mut scan =
-        Scan { bytes, header, timeline: name.timeline, facts: SegmentFacts::default(), sought: None, found: None };
+    let mut scan = Scan {
+        bytes,
+        header,
+        timeline: name.timeline,
+        facts: SegmentFacts::default(),
+        sought: None,
+        found: None,
+        kept: Vec::new(),
+    };
     scan.run().map_err(|(offset, why)| damaged(format!("at {}: {why}", Lsn(header.start.0 + offset as u64))))?;
     Ok((header, scan.facts))
 }
@@ -114,7 +124,8 @@ pub fn scan_segment(name: SegmentName, bytes: &[u8]) -> Result<(SegmentHeader, S
 pub fn find_transaction_end(name: SegmentName, bytes: &[u8], xid: u32) -> Result<Option<Lsn>> {
     let header = SegmentHeader::parse(bytes).map_err(|e| e.context(name))?;
     let facts = SegmentFacts::default();
-    let mut scan = Scan { bytes, header, timeline: name.timeline, facts, sought: Some(xid), found: None };
+    let mut scan =
+        Scan { bytes, header, timeline: name.timeline, facts, sought: Some(xid), found: None, kept: Vec::new() };
     scan.run().map_err(|(offset, why)| Error::damaged(format!("{name} at byte {offset}: {why}")))?;
     Ok(scan.found)
 }
@@ -160,6 +171,8 @@ struct Scan<'a> {
     /// A transaction whose end is looked for, and where it was found.
     sought: Option<u32>,
     found: Option<Lsn>,
+    /// The start of the record being read.
+    kept: Vec<u8>,
 }
 
 impl Scan<'_> {
@@ -219,8 +232,9 @@ impl Scan<'_> {
         if total < RECORD_HEADER {
             return Err((at, format!("a record of {total} bytes")));
         }
-        // Enough for the header and the start of the data of the records we look into.
-        let mut head = [0u8; 128];
+        let mut kept = std::mem::take(&mut self.kept);
+        kept.clear();
+        let mut keep = total.min(KEPT);
         let mut crc = 0;
         let mut done = 0;
         let mut from = at;
@@ -240,9 +254,13 @@ impl Scan<'_> {
             }
             let step = (total - done).min(PAGE - from % PAGE);
             let piece = &self.bytes[from..from + step];
-            if done < head.len() {
-                let take = step.min(head.len() - done);
-                head[done..done + take].copy_from_slice(&piece[..take]);
+            if kept.len() < keep {
+                let take = step.min(keep - kept.len());
+                kept.extend_from_slice(&piece[..take]);
+                if kept.len() >= RECORD_HEADER && ends_prepared(&kept) {
+                    keep = total;
+                    kept.extend_from_slice(&piece[take..]);
+                }
             }
             // The checksum covers the data first, then the header before the checksum field.
             let data = &piece[RECORD_HEADER.saturating_sub(done).min(step)..];
@@ -250,11 +268,12 @@ impl Scan<'_> {
             from += step;
             done += step;
         }
-        if crc32c::crc32c_append(crc, &head[..20]) != u32_at(&head, 20) {
+        if crc32c::crc32c_append(crc, &kept[..20]) != u32_at(&kept, 20) {
             return Err((at, "the record's checksum does not hold".to_owned()));
         }
         let next = align(from);
-        let is_switch = self.learn(&head[..total.min(head.len())], from);
+        let is_switch = self.learn(&kept, from);
+        self.kept = kept;
         Ok(if is_switch { Step::End } else { Step::Next(next) })
     }
 
@@ -279,6 +298,7 @@ impl Scan<'_> {
         }
         let Some(data) = main_data(head).filter(|data| data.len() >= 8) else { return };
         let time = Timestamp::from_postgres(u64_at(data, 0) as i64);
+        let xid = prepared_xid(head[16], data, u16_at(self.bytes, 0)).unwrap_or(xid);
         let facts = &mut self.facts;
         // Commit times follow the machine's clock and may step back a little: keep the extremes.
         facts.first_commit = Some(facts.first_commit.map_or(time, |t| t.min(time)));
@@ -303,6 +323,32 @@ impl Scan<'_> {
             });
         }
     }
+}
+
+/// Whether a record ends a prepared transaction: then all of it is kept, because the transaction's number comes late.
+fn ends_prepared(head: &[u8]) -> bool {
+    head[17] == RM_XACT && matches!(head[16] & XACT_OPERATION, XACT_COMMIT_PREPARED | XACT_ABORT_PREPARED)
+}
+
+/// The transaction that `COMMIT PREPARED` or `ROLLBACK PREPARED` ended: the record's own number is of the session that
+/// did it (`ParseCommitRecord` in access/rmgrdesc/xactdesc.c; `xl_xact_xinfo` in access/xact.h).
+fn prepared_xid(info: u8, data: &[u8], page_magic: u16) -> Option<u32> {
+    const HAS_XINFO: u8 = 0x80;
+    /// From this page magic on, an item of dropped statistics names a 64-bit object (XLOG_PAGE_MAGIC of 18).
+    const WIDE_STATISTICS: u16 = 0xD118;
+    if !matches!(info & XACT_OPERATION, XACT_COMMIT_PREPARED | XACT_ABORT_PREPARED) || info & HAS_XINFO == 0 {
+        return None;
+    }
+    let xinfo = u32_at(data, 8);
+    let statistics = if page_magic >= WIDE_STATISTICS { 16 } else { 12 };
+    // Database; then counted lists: subtransactions, files, dropped statistics, invalidation messages.
+    let mut at = if xinfo & 1 == 0 { 12 } else { 20 };
+    for (flag, item) in [(1 << 1, 4), (1 << 2, 12), (1 << 8, statistics), (1 << 3, 16)] {
+        if xinfo & flag != 0 {
+            at += 4 + item * u32_at(data, at) as usize;
+        }
+    }
+    (xinfo & (1 << 4) != 0 && data.len() >= at + 4).then(|| u32_at(data, at))
 }
 
 /// The main data of a record without block references: after the optional origin (253) and top-level transaction (252).

@@ -14,9 +14,13 @@ use perennial::storage::{
 use crate::support::*;
 
 fn store(url: &str, env: &[(String, String)]) -> Arc<dyn Store> {
+    store_with_home(url, env, None)
+}
+
+pub fn store_with_home(url: &str, env: &[(String, String)], home: Option<&std::path::Path>) -> Arc<dyn Store> {
     let location: Location = url.parse().expect("an address");
-    let s3 = S3Settings { variables: env.iter().cloned().collect(), home: None, storage_class: None };
-    let settings = StoreSettings { s3, ..StoreSettings::default() };
+    let s3 = S3Settings { variables: env.iter().cloned().collect(), home: home.map(Into::into), storage_class: None };
+    let settings = StoreSettings { s3, azure: env.to_vec(), ..StoreSettings::default() };
     storage::open(&location, &settings, &Clock::system(), &Events::silent()).expect("opened")
 }
 
@@ -44,6 +48,12 @@ async fn a_real_s3_server_over_tls_keeps_the_rules() {
     conformance::run(&*store(&bucket.url, &bucket.env), "c").await.expect("conforms");
 }
 
+#[tokio::test]
+async fn an_azure_server_keeps_the_rules() {
+    let bucket = Bucket::azure();
+    conformance::run(&*store(&bucket.url, &bucket.env), "c").await.expect("conforms");
+}
+
 /// Short waits: the faults are ours, not a network's.
 fn hasty(inner: Arc<dyn Store>) -> Retrying {
     let ms = std::time::Duration::from_millis;
@@ -51,7 +61,7 @@ fn hasty(inner: Arc<dyn Store>) -> Retrying {
     Retrying::new(inner, policy, Clock::system(), Events::silent())
 }
 
-fn body(text: &str) -> Body {
+pub fn body(text: &str) -> Body {
     Body::from(text.as_bytes().to_vec())
 }
 

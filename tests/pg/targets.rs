@@ -71,6 +71,38 @@ fn a_moment_is_reached_by_time_position_transaction_and_name() {
     assert_eq!(past.restored("end", &["--to-time", &past.end], false), "1,2,3");
 }
 
+/// The number of a prepared transaction stands at the end of a long record, behind everything else it did.
+fn a_prepared_transaction_is_a_target(postgres: Postgres) {
+    let scratch = Scratch::new();
+    let bucket = Bucket::directory(&scratch);
+    let mut machine = Machine::with(&scratch, "a", &bucket, postgres.clone());
+    machine.start(&["--init", "--", "-c", "max_prepared_transactions=5"]).ready().with_backup();
+    machine.sql("CREATE TABLE t (id int); CREATE TABLE old AS SELECT generate_series(1, 100) AS id; ANALYZE old");
+    let xid = machine.sql(
+        "BEGIN; INSERT INTO t VALUES (1); SAVEPOINT s; INSERT INTO t VALUES (2); DROP TABLE old; CREATE TABLE new (id int PRIMARY KEY);
+         SELECT pg_current_xact_id(); PREPARE TRANSACTION 'two phases'",
+    );
+    machine.sql("INSERT INTO t VALUES (3)");
+    machine.sql("COMMIT PREPARED 'two phases'");
+    machine.sql("INSERT INTO t VALUES (4)");
+    machine.archived();
+    assert_eq!(machine.stop(), 0);
+    let data = scratch.dir("copy").join("data");
+    bucket.must(&["restore", "-D", data.to_str().expect("text"), "--to-xid", &xid]);
+    let copy = Plain::start(&scratch, "copy", &bucket, &postgres).up(false);
+    assert_eq!(copy.machine.sql("SELECT string_agg(id::text, ',' ORDER BY id) FROM t"), "1,2,3");
+}
+
+#[test]
+fn a_prepared_transaction_is_a_target_on_postgresql_15() {
+    a_prepared_transaction_is_a_target(Postgres::debian());
+}
+
+#[test]
+fn a_prepared_transaction_is_a_target_on_postgresql_18() {
+    a_prepared_transaction_is_a_target(Postgres::major(18));
+}
+
 #[test]
 fn a_point_that_cannot_be_reached_is_refused_before_a_byte_is_written() {
     let past = past();

@@ -105,6 +105,18 @@ impl Bucket {
         bucket
     }
 
+    /// A prefix of its own on the run's Azure emulator, whose account and key are public knowledge.
+    pub fn azure() -> Bucket {
+        let key = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw==";
+        let pairs = [
+            ("AZURE_STORAGE_ACCOUNT_NAME", "devstoreaccount1"),
+            ("AZURE_STORAGE_ACCOUNT_KEY", key),
+            ("AZURE_STORAGE_ENDPOINT", &from_run("PERENNIAL_TEST_AZURE")),
+        ];
+        let env = pairs.map(|(name, value)| (name.to_owned(), value.to_owned())).to_vec();
+        Bucket { url: format!("az://perennial-test/{}", unique()), env }
+    }
+
     pub fn at_endpoint(endpoint: &str, url: &str) -> Bucket {
         let pairs = [
             ("AWS_ENDPOINT_URL", endpoint),
@@ -423,7 +435,7 @@ impl Plain {
         command
             .arg("-D")
             .arg(machine.data_dir())
-            .args(["-c", "listen_addresses=", "-c", "fsync=off", "-k"])
+            .args(["-c", "listen_addresses=", "-c", "fsync=off", "-c", "max_prepared_transactions=5", "-k"])
             .arg(&machine.home);
         command.env_clear().env("PATH", "/usr/bin:/bin").envs(bucket.env.iter().map(|(name, value)| (name, value)));
         command.current_dir("/").stdin(Stdio::null()).stdout(log.try_clone().expect("shared")).stderr(log);
@@ -444,7 +456,7 @@ impl Plain {
     }
 }
 
-/// An HTTP server that gives every request the same answer: a store in trouble, or a metadata service.
+/// An HTTP server with answers of our own: a store in trouble, or a service that hands out addresses and credentials.
 pub struct Answering {
     pub endpoint: String,
     stop: std::sync::Arc<std::sync::atomic::AtomicBool>,
@@ -452,34 +464,68 @@ pub struct Answering {
 }
 
 impl Answering {
+    /// Every request gets the same answer.
     pub fn start(status: &'static str, body: &str) -> Answering {
-        use std::io::{BufRead, BufReader, Read, Write};
+        let body = body.to_owned();
+        Answering::with(move |_| (status, body.clone()))
+    }
+
+    /// `answer` is given the request line and headers.
+    pub fn with(answer: impl Fn(&str) -> (&'static str, String) + Send + 'static) -> Answering {
+        Answering::serve("http", move |stream| talk(stream, &answer))
+    }
+
+    /// The same over TLS, with a certificate of the run's authority.
+    pub fn with_tls(answer: impl Fn(&str) -> (&'static str, String) + Send + 'static) -> Answering {
+        use rustls::pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
+        let certificates = CertificateDer::pem_file_iter(from_run("PERENNIAL_TEST_CERT")).expect("a file");
+        let key = PrivateKeyDer::from_pem_file(from_run("PERENNIAL_TEST_KEY")).expect("a key");
+        let provider = std::sync::Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+        let config = rustls::ServerConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()
+            .expect("versions")
+            .with_no_client_auth()
+            .with_single_cert(certificates.map(|one| one.expect("a certificate")).collect(), key)
+            .expect("a pair");
+        let config = std::sync::Arc::new(config);
+        Answering::serve("https", move |stream| {
+            let session = rustls::ServerConnection::new(std::sync::Arc::clone(&config)).expect("a session");
+            talk(rustls::StreamOwned::new(session, stream), &answer);
+        })
+    }
+
+    fn serve(scheme: &str, each: impl Fn(std::net::TcpStream) + Send + 'static) -> Answering {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
         let address = listener.local_addr().expect("bound");
         let stop = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
-        let (stopped, body) = (std::sync::Arc::clone(&stop), body.to_owned());
+        let stopped = std::sync::Arc::clone(&stop);
         std::thread::spawn(move || {
             for stream in listener.incoming().flatten() {
                 if stopped.load(Ordering::Relaxed) {
                     return;
                 }
-                let mut reader = BufReader::new(&stream);
-                let mut length = 0;
-                let mut line = String::new();
-                while reader.read_line(&mut line).is_ok_and(|read| read > 2) {
-                    if let Some(value) = line.to_ascii_lowercase().strip_prefix("content-length:") {
-                        length = value.trim().parse().unwrap_or(0);
-                    }
-                    line.clear();
-                }
-                let _ = reader.take(length).read_to_end(&mut Vec::new());
-                let answer =
-                    format!("HTTP/1.1 {status}\r\nContent-Length: {}\r\nConnection: close\r\n\r\n{body}", body.len());
-                let _ = (&stream).write_all(answer.as_bytes());
+                each(stream);
             }
         });
-        Answering { endpoint: format!("http://{address}"), stop, address }
+        Answering { endpoint: format!("{scheme}://{address}"), stop, address }
     }
+}
+
+/// One request and its answer.
+fn talk(stream: impl std::io::Read + std::io::Write, answer: &impl Fn(&str) -> (&'static str, String)) {
+    use std::io::{BufRead, BufReader, Read};
+    let mut reader = BufReader::new(stream);
+    let mut head = String::new();
+    while reader.read_line(&mut head).is_ok_and(|read| read > 2) {}
+    let length = head
+        .to_ascii_lowercase()
+        .lines()
+        .find_map(|line| line.strip_prefix("content-length:").and_then(|value| value.trim().parse().ok()));
+    let _ = reader.by_ref().take(length.unwrap_or(0)).read_to_end(&mut Vec::new());
+    let (status, body) = answer(&head);
+    let answer = format!("HTTP/1.1 {status}\r\nContent-Length: {}\r\nConnection: close\r\n\r\n{body}", body.len());
+    let _ = reader.get_mut().write_all(answer.as_bytes());
+    let _ = reader.get_mut().flush();
 }
 
 impl Drop for Answering {

@@ -108,8 +108,8 @@ impl Machine<'_> {
         let data_dir = self.stage.data_dir(self.name);
         let deadline = setup.clock.monotonic() + STEP;
         while setup.clock.monotonic() < deadline {
-            let up =
-                PostmasterFile::read(&data_dir)?.filter(|file| file.status == ServerStatus::Ready && file.is_alive());
+            let ready = |file: &PostmasterFile| file.status == ServerStatus::Ready && file.is_alive(&data_dir);
+            let up = PostmasterFile::of_starting(&data_dir)?.filter(ready);
             if up.is_some() {
                 let connect = ConnectOptions { user: environment::connection().user, ..ConnectOptions::default() };
                 let client = Client::connect(&connect, &data_dir).await?;

@@ -86,7 +86,7 @@ fn recovering_server(args: &args::WalFetch, in_data_dir: bool) -> Result<Option<
         return Ok(None);
     }
     let running = PostmasterFile::read(Path::new("."))?;
-    Ok(running.filter(PostmasterFile::is_alive).map(|running| running.pid))
+    Ok(running.filter(|running| running.is_alive(Path::new("."))).map(|running| running.pid))
 }
 
 fn start_helper(setup: &Setup, history: &HistoryArgs, postmaster: i32) -> Result<()> {
