@@ -1,5 +1,5 @@
 # What there is to run. `make demo` and `make test` install what they miss by themselves.
-.PHONY: demo test lint bench install clean
+.PHONY: demo test lint torture bench install clean
 
 demo: ## watch a database survive its machine
 	scripts/setup demo
@@ -12,6 +12,9 @@ test: ## formatting, lints, all tests, with real servers and a real S3 server
 lint:
 	cargo fmt --check
 	cargo clippy --all-targets --quiet -- --deny warnings
+
+torture: ## kill machines under load, again and again: ROUNDS=50, SEED=…
+	PERENNIAL_TORTURE_ROUNDS=$(or $(ROUNDS),50) $(if $(SEED),PERENNIAL_SEED=$(SEED)) scripts/test --test torture -- --ignored --nocapture --test-threads=1
 
 bench: ## Perennial beside pgBackRest and WAL-RUS; takes an hour
 	benches/compare/setup

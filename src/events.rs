@@ -107,13 +107,20 @@ pub enum Event {
     ServerStopped {
         status: String,
     },
-    /// WAL that was ready but could not be pushed before the process had to end.
+    /// WAL that could not be brought in before the process had to end.
     WalLeftBehind {
-        segments: u64,
+        durable: Lsn,
         error: String,
     },
-    ArchiveLags {
+    /// WAL waits longer than the RPO allows.
+    LogLags {
         behind: Duration,
+        durable: Lsn,
+    },
+    /// Another machine has taken over.
+    Fenced {
+        local: Lsn,
+        durable: Lsn,
     },
     Note {
         level: Level,
@@ -127,8 +134,10 @@ impl Event {
         match self {
             BackupProgress { .. } | RestoreProgress { .. } | SegmentPushed { .. } => Level::Detail,
             StoreRetry { attempt, .. } if *attempt < 3 => Level::Detail,
-            StoreRetry { .. } | BackupFailed { .. } | ArchiveLags { .. } => Level::Warning,
-            PageDamaged { .. } | PagesDamaged { .. } | WalLeftBehind { .. } => Level::Alarm,
+            StoreRetry { .. } | BackupFailed { .. } => Level::Warning,
+            PageDamaged { .. } | PagesDamaged { .. } | WalLeftBehind { .. } | LogLags { .. } | Fenced { .. } => {
+                Level::Alarm
+            }
             Note { level, .. } => *level,
             _ => Level::Info,
         }
@@ -191,12 +200,17 @@ impl fmt::Display for Event {
             Ready { port, generation } => write!(f, "ready: port {port}, generation {generation}"),
             Stopping { why } => write!(f, "stopping: {why}"),
             ServerStopped { status } => write!(f, "PostgreSQL ended: {status}"),
-            WalLeftBehind { segments, error } => {
-                write!(f, "{segments} WAL segments did not reach the repository: {error}")
+            WalLeftBehind { durable, error } => {
+                write!(f, "not all WAL reached the repository, only up to {durable}: {error}")
             }
-            ArchiveLags { behind } => {
-                write!(f, "a WAL file has waited for {} s to be archived: see pg_stat_archiver", behind.as_secs())
+            LogLags { behind, durable } => {
+                write!(f, "WAL has waited for {:.1} s to become durable; it is up to {durable}", behind.as_secs_f64())
             }
+            Fenced { local, durable } => write!(
+                f,
+                "another machine has taken over: the log was ended at {durable}, WAL of this machine goes to {local}; \
+                 what lies between is in this directory only"
+            ),
             Note { text, .. } => f.write_str(text),
         }
     }

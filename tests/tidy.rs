@@ -56,8 +56,23 @@ fn allowed() -> BTreeMap<&'static str, Vec<&'static str>> {
         ("archive", below(&["disk", "wal", "storage", "repository", "postgres"])),
         ("backup", below(&["disk", "wal", "storage", "repository", "postgres"])),
         ("restore", below(&["disk", "wal", "storage", "repository", "postgres"])),
-        ("run", below(&["disk", "wal", "storage", "repository", "postgres", "archive", "backup", "restore"])),
-        ("cli", below(&["disk", "wal", "storage", "repository", "postgres", "archive", "backup", "restore", "run"])),
+        ("status", below(&["disk"])),
+        ("run", below(&["disk", "wal", "storage", "repository", "postgres", "archive", "backup", "restore", "status"])),
+        (
+            "cli",
+            below(&[
+                "disk",
+                "wal",
+                "storage",
+                "repository",
+                "postgres",
+                "archive",
+                "backup",
+                "restore",
+                "status",
+                "run",
+            ]),
+        ),
     ])
 }
 

@@ -8,7 +8,7 @@ use crate::clock::Clock;
 use crate::disk;
 use crate::error::{Error, IoContext, Result};
 use crate::events::{Event, Events};
-use crate::model::Generation;
+use crate::model::{Generation, RepositoryId, Timeline, WriteId};
 use crate::postgres::control_file::State;
 use crate::postgres::data_dir::OWN_DIR;
 use crate::postgres::{ControlFile, version_of};
@@ -58,12 +58,14 @@ async fn claim(repository: &Repository, data_dir: &Path, host: &str, events: &Ev
         .hint("set archive_mode = on (not always) on the standby"));
     }
     let new = NewWriter {
+        writer_id: WriteId(repository.clock().random()),
         system_id: control.system_id,
         pg_major: version.major,
         segment_size: control.segment_size,
         host: host.to_owned(),
     };
-    let origin = read_origin(&data_dir.join(OWN_DIR))?;
+    let own_dir = data_dir.join(OWN_DIR);
+    let origin = read_origin(&own_dir, repository.descriptor().repository_id)?;
     for _ in 0..CLAIM_ATTEMPTS {
         let newest = repository.newest_generation().await?;
         if let Some(newest) = newest {
@@ -93,10 +95,14 @@ async fn claim(repository: &Repository, data_dir: &Path, host: &str, events: &Ev
 /// Stores the history file of the timeline a server is on. PostgreSQL archives it only once, when the timeline begins,
 /// which may have been before this generation or before this program came; without it nobody could follow the timeline.
 pub async fn push_history(repository: &Repository, writer: &Writer, data_dir: &Path, events: &Events) -> Result<()> {
-    let control = ControlFile::read(data_dir, version_of(data_dir)?)?;
-    let path = data_dir.join(format!("pg_wal/{}", WalFileName::History(control.timeline)));
-    if !path.is_file() {
+    let timeline = ControlFile::read(data_dir, version_of(data_dir)?)?.newest_timeline();
+    let path = data_dir.join(format!("pg_wal/{}", WalFileName::History(timeline)));
+    if timeline == Timeline(1) {
         return Ok(());
+    }
+    if !path.is_file() {
+        return Err(Error::refused(format!("{} is missing: without it nobody could follow timeline {timeline}", path.display()))
+            .hint("bring the file back from another archive of this cluster; a promotion (pg_promote on a standby) starts a new timeline with a file of its own"));
     }
     let (repository, writer) = (repository.clone(), writer.clone());
     let pusher = Pusher { repository, writer, data_dir: data_dir.to_owned(), events: events.clone() };
@@ -104,12 +110,14 @@ pub async fn push_history(repository: &Repository, writer: &Writer, data_dir: &P
 }
 
 /// Notes where a directory's recovery takes its WAL from.
-pub fn note_origin(own_dir: &Path, generation: Generation) -> Result<()> {
-    if read_origin(own_dir)? == Some(generation) {
+pub fn note_origin(own_dir: &Path, repository: RepositoryId, generation: Generation) -> Result<()> {
+    let origin = format!("{repository} {}\n", generation.padded());
+    let path = own_dir.join(ORIGIN);
+    if disk::read_if_there(&path)?.is_some_and(|noted| noted == origin.as_bytes()) {
         return Ok(());
     }
     disk::create_dir(own_dir, 0o700)?;
-    disk::durable_write(&own_dir.join(ORIGIN), generation.padded().as_bytes(), 0o600)
+    disk::durable_write(&path, origin.as_bytes(), 0o600)
 }
 
 /// A directory that has claimed a generation has no other origin any more.
@@ -117,12 +125,16 @@ pub fn forget_origin(own_dir: &Path) -> Result<()> {
     disk::remove_if_there(&own_dir.join(ORIGIN))
 }
 
-pub fn read_origin(own_dir: &Path) -> Result<Option<Generation>> {
+/// The generation this directory was recovered from, if that was in this repository.
+pub fn read_origin(own_dir: &Path, repository: RepositoryId) -> Result<Option<Generation>> {
     let path = own_dir.join(ORIGIN);
     let Some(bytes) = disk::read_if_there(&path)? else { return Ok(None) };
     let text = String::from_utf8_lossy(&bytes);
-    Generation::from_padded(text.trim())
-        .map(Some)
-        .ok_or_else(|| std::io::Error::other("it is not a generation"))
-        .on("read", &path)
+    let parsed = text
+        .trim()
+        .split_once(' ')
+        .and_then(|(id, generation)| Some((id.parse::<RepositoryId>().ok()?, Generation::from_padded(generation)?)));
+    let (id, generation) =
+        parsed.ok_or_else(|| std::io::Error::other("it is not the note of an origin")).on("read", &path)?;
+    Ok((id == repository).then_some(generation))
 }

@@ -4,14 +4,19 @@
 //! made after the question does not have, in a lineage in which nothing comes after it; anything else is an error.
 
 use std::fs::File;
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use crate::error::{Error, IoContext, Result};
-use crate::model::{Generation, Timeline};
+use crate::error::{Error, IoContext, Kind, Result};
+use crate::model::{Generation, Lsn, Timeline};
+use crate::repository::log::LogRun;
 use crate::repository::reach::View;
-use crate::repository::{Lineage, Repository, WalIndex, layout};
-use crate::wal::{SegmentName, WalFileName};
+use crate::repository::{Lineage, Repository, WalIndex, WalPlace, WalSource, layout};
+use crate::wal::{SegmentName, SegmentSize, WalFileName};
+
+/// Looks at a history that changes while it is read.
+const LOOKS: u32 = 5;
 
 /// Which history recovery follows.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -22,6 +27,8 @@ pub struct FetchOptions {
     pub oldest: Option<Generation>,
     /// The timeline recovery goes to; the lineage's newest when `None`.
     pub timeline: Option<Timeline>,
+    /// The history ends here, whatever comes after.
+    pub through: Option<Lsn>,
 }
 
 /// How a fetch ended.
@@ -35,8 +42,18 @@ pub enum Fetched {
 /// Where a wanted file is, or the proof that it is nowhere.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Resolved {
-    At(Generation),
+    At(Wanted),
     EndOfWal(String),
+}
+
+/// A file that is there, and how to get it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Wanted {
+    /// The segment that starts at `start` counts up to `cut` only: there the timeline was left, and what lies behind is
+    /// another future.
+    Object { generation: Generation, cut: Option<u64> },
+    /// The segment that starts at `start`, from the entries of a log, as far as they go.
+    Log { run: LogRun, start: Lsn, through: Lsn, size: u64 },
 }
 
 /// The WAL of one history, ready to be asked.
@@ -50,61 +67,87 @@ pub struct Source {
 
 impl Source {
     pub async fn open(repository: Repository, options: FetchOptions) -> Result<Source> {
-        let tip = match options.generation {
-            Some(generation) => generation,
-            None => repository.newest_generation().await?.ok_or_else(|| {
-                Error::not_found(format!("{} has no generation: nothing was ever archived", repository.address()))
-            })?,
-        };
-        let lineage = repository.lineage(tip, options.oldest).await?;
+        let lineage = newest_lineage(&repository, options).await?;
         let index = repository.wal_index(&lineage).await?;
         Ok(Source { repository, options, lineage, index })
     }
 
-    pub fn segment_size(&self) -> crate::wal::SegmentSize {
+    pub fn segment_size(&self) -> SegmentSize {
         self.lineage.tip().segment_size
     }
 
-    /// Looks again what is there.
+    /// Looks again what is there. Without a generation of its own the history may go on in a newer one.
     pub async fn refresh(&mut self) -> Result<()> {
+        if self.options.generation.is_none() {
+            self.lineage = newest_lineage(&self.repository, self.options).await?;
+        }
         self.index = self.repository.wal_index(&self.lineage).await?;
         Ok(())
     }
 
-    fn view(&self) -> Option<View<'_>> {
-        let timeline = self.options.timeline.or(self.index.newest_timeline())?;
-        View::new(&self.lineage, &self.index, timeline)
+    /// The way to the wanted timeline; `None` when there is no WAL at all.
+    fn view(&self) -> Result<Option<View<'_>>> {
+        let Some(timeline) = self.options.timeline.or(self.index.newest_timeline()) else { return Ok(None) };
+        if let Some(view) = View::new(&self.lineage, &self.index, timeline) {
+            return Ok(Some(view));
+        }
+        let key = layout::wal_file(self.lineage.tip().generation, WalFileName::History(timeline));
+        Err(self.repository.missing(&key).context(format!("timeline {timeline} cannot be followed")))
     }
 
     /// Where the file is, by the last listing.
-    pub fn locate(&self, name: WalFileName) -> Option<Generation> {
-        match name {
-            WalFileName::Segment(name) => {
-                let number = name.number(self.segment_size())?;
-                Some(self.view()?.locate(name.timeline, number)?.generation)
+    pub fn locate(&self, name: WalFileName) -> Result<Option<Wanted>> {
+        let WalFileName::Segment(name) = name else { return Ok(None) };
+        let (Some(number), Some(view)) = (name.number(self.segment_size()), self.view()?) else { return Ok(None) };
+        Ok(view.locate(name.timeline, number).and_then(|place| self.wanted(&view, place, name.timeline, number)))
+    }
+
+    fn wanted(&self, view: &View<'_>, place: WalPlace, timeline: Timeline, number: u64) -> Option<Wanted> {
+        let size = self.segment_size();
+        let (start, end) = (size.start_of(number), size.start_of(number + 1));
+        let left_at = view.history.end_of(timeline).flatten();
+        let counts_to = [Some(end), left_at, self.options.through].into_iter().flatten().min()?;
+        if counts_to <= start {
+            return None;
+        }
+        match place.source {
+            WalSource::Object { .. } => {
+                let cut = (counts_to < end).then(|| counts_to.bytes_since(start));
+                Some(Wanted::Object { generation: place.generation, cut })
             }
-            _ => None,
+            WalSource::Log { through } => {
+                let run = self.index.run(place.generation)?;
+                Some(Wanted::Log { run, start, through: through.min(counts_to), size: size.bytes() })
+            }
         }
     }
 
     /// The segments recovery will ask for after `name`, at most `count`, as far as the last listing goes.
-    pub fn following(&self, name: SegmentName, count: usize) -> Vec<(SegmentName, Generation)> {
-        let (size, Some(view)) = (self.segment_size(), self.view()) else { return Vec::new() };
+    pub fn following(&self, name: SegmentName, count: usize) -> Vec<(SegmentName, Wanted)> {
+        let (size, Ok(Some(view))) = (self.segment_size(), self.view()) else { return Vec::new() };
         let Some(number) = name.number(size) else { return Vec::new() };
         let timelines: Vec<Timeline> = view.history.spans().rev().map(|(timeline, ..)| timeline).collect();
         let best = |number: u64| {
             timelines.iter().find_map(|timeline| {
                 let place = view.locate(*timeline, number)?;
-                Some((SegmentName::new(*timeline, number, size), place.generation))
+                let wanted = self.wanted(&view, place, *timeline, number)?;
+                Some((SegmentName::new(*timeline, number, size), wanted))
             })
         };
         (number + 1..).map_while(best).take(count).collect()
     }
 
+    /// Says that the history ends, after one more look whether the repository is there at all: a directory that is not
+    /// mounted any more lists nothing either.
+    async fn end_of_wal(&self, why: String) -> Result<Resolved> {
+        self.repository.claim(self.lineage.tip().generation).await?;
+        Ok(Resolved::EndOfWal(why))
+    }
+
     /// Where the file is; when the last listing does not have it, by a new one.
     pub async fn resolve(&mut self, name: WalFileName) -> Result<Resolved> {
-        if let Some(generation) = self.locate(name) {
-            return Ok(Resolved::At(generation));
+        if let Some(wanted) = self.locate(name)? {
+            return Ok(Resolved::At(wanted));
         }
         match name {
             WalFileName::Segment(segment) => self.resolve_segment(segment).await,
@@ -117,56 +160,74 @@ impl Source {
             return Err(Error::usage(format!("{name} is no segment of {} bytes", self.segment_size().bytes())));
         };
         self.refresh().await?;
-        if let Some(generation) = self.locate(WalFileName::Segment(name)) {
-            return Ok(Resolved::At(generation));
+        if let Some(wanted) = self.locate(WalFileName::Segment(name))? {
+            return Ok(Resolved::At(wanted));
         }
         let tip = self.lineage.tip().generation;
-        let Some(view) = self.view() else {
-            return Ok(Resolved::EndOfWal(format!("generation {tip} and its ancestors have no WAL")));
+        let Some(view) = self.view()? else {
+            return self.end_of_wal(format!("generation {tip} and its ancestors have no WAL")).await;
         };
+        if self.options.through.is_some_and(|through| self.segment_size().start_of(number) >= through) {
+            return self.end_of_wal(format!("{name} lies behind the end that was asked for")).await;
+        }
         if !view.is_on_the_way(name.timeline, number) {
-            return Ok(Resolved::EndOfWal(format!("{name} is not on the way to timeline {}", view.history.timeline)));
+            return self.end_of_wal(format!("{name} is not on the way to timeline {}", view.history.timeline)).await;
         }
         if view.has_wal_after(number) {
             let key = layout::wal_file(tip, WalFileName::Segment(name));
             return Err(Error::damaged(format!("{name} is missing and WAL goes on after it: it should be at {}, or under an older generation", self.repository.url(&key)))
-                .hint("bring the object back from a copy or an older version of the bucket, or restore to a point before the gap (`perennial list` shows the windows)"));
+                .hint("bring the object back from a copy or an older version of the bucket, or restore what comes before the gap: perennial restore -D DIR --before-gap"));
         }
-        Ok(Resolved::EndOfWal(format!("{name} is the first segment after the end of generation {tip}")))
+        self.end_of_wal(format!("{name} is the first segment after the end of generation {tip}")).await
     }
 
     /// Histories, backup labels and partial segments are asked for rarely: each generation is asked, newest first.
     async fn resolve_other(&mut self, name: WalFileName) -> Result<Resolved> {
         for claim in self.lineage.claims() {
             if self.repository.wal_head(claim.generation, name).await?.is_some() {
-                return Ok(Resolved::At(claim.generation));
+                return Ok(Resolved::At(Wanted::Object { generation: claim.generation, cut: None }));
             }
         }
-        Ok(Resolved::EndOfWal(format!("{name} is in no generation of the history")))
+        self.end_of_wal(format!("{name} is in no generation of the history")).await
     }
 
     /// Brings one file to `destination`, which shows it whole or not at all.
     pub async fn fetch(&mut self, name: WalFileName, destination: &Path) -> Result<Fetched> {
-        match self.resolve(name).await? {
-            Resolved::EndOfWal(why) => Ok(Fetched::EndOfWal(why)),
-            Resolved::At(generation) => {
-                download(&self.repository, generation, name, destination).await?;
-                Ok(Fetched::Done)
+        for _ in 0..LOOKS {
+            let wanted = match self.resolve(name).await? {
+                Resolved::EndOfWal(why) => return Ok(Fetched::EndOfWal(why)),
+                Resolved::At(wanted) => wanted,
+            };
+            match download(&self.repository, wanted, name, destination).await {
+                // Entries were collected since the listing: the segment is whole by now.
+                Err(error) if error.kind() == Kind::Damaged && error.is_retryable() => self.refresh().await?,
+                outcome => return outcome.map(|()| Fetched::Done),
             }
         }
+        Err(Error::damaged(format!("{name}: entries of the log that hold it are missing, and no whole segment has it")))
     }
+}
+
+async fn newest_lineage(repository: &Repository, options: FetchOptions) -> Result<Lineage> {
+    let tip = match options.generation {
+        Some(generation) => generation,
+        None => repository.newest_generation().await?.ok_or_else(|| {
+            Error::not_found(format!("{} has no generation: nothing was ever archived", repository.address()))
+        })?,
+    };
+    repository.lineage(tip, options.oldest).await
 }
 
 /// Writes an archived file beside `destination` and renames it there.
 #[allow(clippy::disallowed_methods, reason = "a fetched file need not survive a crash: recovery asks again")]
-pub async fn download(
-    repository: &Repository,
-    generation: Generation,
-    name: WalFileName,
-    destination: &Path,
-) -> Result<()> {
+pub async fn download(repository: &Repository, wanted: Wanted, name: WalFileName, destination: &Path) -> Result<()> {
     let temporary = temporary_beside(destination);
-    let outcome = write_to(repository, generation, name, &temporary).await;
+    let outcome = match wanted {
+        Wanted::Object { generation, cut } => write_object(repository, generation, name, cut, &temporary).await,
+        Wanted::Log { run, start, through, size } => {
+            write_log(repository, &run, start..through, size, &temporary).await
+        }
+    };
     let renamed = outcome.and_then(|()| std::fs::rename(&temporary, destination).on("rename to", destination));
     if renamed.is_err() {
         let _ = std::fs::remove_file(&temporary);
@@ -174,12 +235,35 @@ pub async fn download(
     renamed
 }
 
-async fn write_to(repository: &Repository, generation: Generation, name: WalFileName, path: &Path) -> Result<()> {
+fn create(path: &Path) -> Result<File> {
     use std::os::unix::fs::OpenOptionsExt;
-    let file = File::options().write(true).create(true).truncate(true).mode(0o600).open(path).on("create", path)?;
+    File::options().write(true).create(true).truncate(true).mode(0o600).open(path).on("create", path)
+}
+
+async fn write_object(
+    repository: &Repository,
+    generation: Generation,
+    name: WalFileName,
+    cut: Option<u64>,
+    path: &Path,
+) -> Result<()> {
+    let file = create(path)?;
     let write = |offset, piece: Vec<u8>| file.write_all_at(&piece, offset).on("write", path);
     let key = layout::wal_file(generation, name);
-    repository.read_wal(generation, name, write).await?.map(drop).ok_or_else(|| repository.missing(&key))
+    let head = repository.read_wal(generation, name, write).await?.ok_or_else(|| repository.missing(&key))?;
+    if let Some(cut) = cut {
+        file.set_len(cut).and_then(|()| file.set_len(head.size)).on("cut", path)?;
+    }
+    Ok(())
+}
+
+/// A segment from the entries of a log, zeros behind their end: recovery takes them for the end of WAL, and a file of
+/// another size for a broken one.
+async fn write_log(repository: &Repository, run: &LogRun, range: Range<Lsn>, size: u64, path: &Path) -> Result<()> {
+    let file = create(path)?;
+    file.set_len(size).on("extend", path)?;
+    let write = |at: Lsn, piece: &[u8]| file.write_all_at(piece, at.bytes_since(range.start)).on("write", path);
+    repository.read_log(run, range.start, range.end, write).await
 }
 
 fn temporary_beside(path: &Path) -> PathBuf {

@@ -16,10 +16,9 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{Mutex, OnceCell};
 use tokio::task::JoinHandle;
 
-use super::fetch::{FetchOptions, Fetched, Resolved, Source, download};
+use super::fetch::{FetchOptions, Fetched, Source, Wanted, download};
 use crate::disk::{self, Lock};
 use crate::error::{Error, IoContext, Kind, Result};
-use crate::model::Generation;
 use crate::postgres::data_dir::OWN_DIR;
 use crate::repository::Repository;
 use crate::wal::{SegmentName, WalFileName};
@@ -206,15 +205,11 @@ impl Helper {
             return Ok(Fetched::Done);
         }
         // Not fetched ahead, or that failed: the question decides, with an error of its own.
-        let resolved = source.lock().await.resolve(name).await?;
-        match resolved {
-            Resolved::EndOfWal(why) => Ok(Fetched::EndOfWal(why)),
-            Resolved::At(generation) => {
-                self.fetch_ahead(segment).await?;
-                download(&self.repository, generation, name, &question.destination).await?;
-                Ok(Fetched::Done)
-            }
+        let fetched = source.lock().await.fetch(name, &question.destination).await?;
+        if fetched == Fetched::Done {
+            self.fetch_ahead(segment).await?;
         }
+        Ok(fetched)
     }
 
     /// Starts downloads of what recovery will ask for next, and drops what lies behind it.
@@ -232,9 +227,8 @@ impl Helper {
             disk::remove_if_there(&cache_dir().join(name.to_string()))?;
         }
         let permits = Arc::clone(ahead.permits.get_or_insert_with(|| Arc::new(tokio::sync::Semaphore::new(DOWNLOADS))));
-        for (name, generation) in wanted {
-            let start =
-                || tokio::spawn(fetch_to_cache(self.repository.clone(), generation, name, Arc::clone(&permits)));
+        for (name, wanted) in wanted {
+            let start = || tokio::spawn(fetch_to_cache(self.repository.clone(), wanted, name, Arc::clone(&permits)));
             ahead.tasks.entry(name).or_insert_with(start);
         }
         Ok(())
@@ -247,13 +241,13 @@ async fn open_source(repository: Repository, options: FetchOptions) -> Result<Mu
 
 async fn fetch_to_cache(
     repository: Repository,
-    generation: Generation,
+    wanted: Wanted,
     name: SegmentName,
     permits: Arc<tokio::sync::Semaphore>,
 ) -> Result<PathBuf> {
     let _permit = permits.acquire().await.map_err(|e| Error::internal("downloads ended").source(e))?;
     let path = cache_dir().join(name.to_string());
-    download(&repository, generation, WalFileName::Segment(name), &path).await?;
+    download(&repository, wanted, WalFileName::Segment(name), &path).await?;
     Ok(path)
 }
 

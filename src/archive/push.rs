@@ -10,9 +10,9 @@ use bytes::Bytes;
 use super::pushed;
 use crate::error::{Error, IoContext, Result};
 use crate::events::{Event, Events};
-use crate::model::WriteId;
+use crate::model::{Timestamp, WriteId};
 use crate::postgres::data_dir::OWN_DIR;
-use crate::repository::{FRAME, Plain, Put, Repository, WalObject, Writer};
+use crate::repository::{FRAME, FRAMES_MAX, Frame, Plain, Put, Repository, WalObject, Writer};
 use crate::wal::{SegmentHeader, SegmentName, WalFileName, scan_segment};
 
 /// Bytes of segments pushed at once, and how many at most: the memory budget is twice this (file and frames).
@@ -43,15 +43,20 @@ impl Pusher {
         if pushed::take(&self.own_dir(), name, path, self.writer.claim.generation)? {
             return Ok(());
         }
+        // Compressed side by side, stored one after the other: should the machine die in between, no hole is left behind.
         let neighbours = self.ready_neighbours(path, name);
-        let others = neighbours.iter().map(|(name, path)| async move {
+        let others: Vec<_> = neighbours.iter().map(|(_, path)| self.prepare(path)).collect();
+        let (first, others) = tokio::join!(self.prepare(path), futures::future::join_all(others));
+        self.store(first?).await?;
+        for ((name, path), prepared) in neighbours.iter().zip(others) {
             // A neighbour that fails is PostgreSQL's next call, which will say why.
-            if self.push_one(path).await.is_ok() {
-                let _ = pushed::mark(&self.own_dir(), *name, path, self.writer.claim.generation);
+            let Ok(prepared) = prepared else { break };
+            if self.store(prepared).await.is_err() {
+                break;
             }
-        });
-        let (outcome, _) = tokio::join!(self.push_one(path), futures::future::join_all(others));
-        outcome
+            let _ = pushed::mark(&self.own_dir(), *name, path, self.writer.claim.generation);
+        }
+        Ok(())
     }
 
     fn own_dir(&self) -> PathBuf {
@@ -72,32 +77,57 @@ impl Pusher {
     }
 
     async fn push_one(&self, path: &Path) -> Result<()> {
+        self.store(self.prepare(path).await?).await
+    }
+
+    /// Stores a segment that the stream has brought: the frames of its log entries are used as they are, if they hold
+    /// just what `content` does.
+    pub async fn push_streamed(&self, name: SegmentName, content: Bytes, frames: Option<StreamedFrames>) -> Result<()> {
+        let at = self.repository.clock().now();
+        let object = self.object(WalFileName::Segment(name), content.clone(), frames, at).await?;
+        self.store((object, content)).await
+    }
+
+    /// Reads, checks and compresses a file.
+    async fn prepare(&self, path: &Path) -> Result<(WalObject, Bytes)> {
         let name = name_of(path)?;
         let source = path.to_owned();
-        let content = blocking(move || std::fs::read(&source).on("read", &source)).await?;
-        let content = Bytes::from(content);
-        let object = self.object(name, content.clone()).await?;
+        let (content, written) = blocking(move || {
+            let content = std::fs::read(&source).on("read", &source)?;
+            let written = std::fs::metadata(&source).and_then(|metadata| metadata.modified()).on("stat", &source)?;
+            Ok((Bytes::from(content), written))
+        })
+        .await?;
+        // What a segment is known to cover ends when the server wrote to it last, not when the store was back.
+        let written = written.duration_since(std::time::UNIX_EPOCH).unwrap_or_default().as_micros();
+        let written = Timestamp::from_unix_micros(i64::try_from(written).unwrap_or(i64::MAX));
+        let object = self.object(name, content.clone(), None, written.min(self.repository.clock().now())).await?;
+        Ok((object, content))
+    }
+
+    async fn store(&self, (object, content): (WalObject, Bytes)) -> Result<()> {
         let put = self.repository.put_wal(self.writer.claim.generation, &object, &content).await?;
         if put == Put::Stored {
-            self.events.emit(Event::SegmentPushed { name: name.to_string(), stored: object.stored_size() });
+            self.events.emit(Event::SegmentPushed { name: object.name.to_string(), stored: object.stored_size() });
         }
         Ok(())
     }
 
-    async fn object(&self, name: WalFileName, content: Bytes) -> Result<WalObject> {
-        let clock = self.repository.clock();
-        let identity = (WriteId(clock.random()), clock.now());
+    async fn object(
+        &self,
+        name: WalFileName,
+        content: Bytes,
+        frames: Option<StreamedFrames>,
+        written: Timestamp,
+    ) -> Result<WalObject> {
+        let identity = (WriteId(self.repository.clock().random()), written);
         let (codec, system_id) = (self.repository.descriptor().codec, self.writer.claim.system_id);
         if matches!(name, WalFileName::History(_) | WalFileName::Backup(..)) {
             return WalObject::small(name, system_id, &content, codec, identity);
         }
         let whole = content.clone();
         let learn = tokio::task::spawn_blocking(move || (learn(name, &whole), crc32c::crc32c(&whole)));
-        let frames: Vec<_> = (0..content.len().div_ceil(FRAME))
-            .map(|index| content.slice(index * FRAME..((index + 1) * FRAME).min(content.len())))
-            .map(|part| blocking(move || codec.compress(&part)))
-            .collect();
-        let (learned, frames) = tokio::join!(learn, futures::future::try_join_all(frames));
+        let (learned, frames) = tokio::join!(learn, self.frames(&content, frames));
         let (learned, crc32c) = learned.map_err(|e| Error::internal("a checking thread ended").source(e))?;
         let (header, facts) = learned?;
         if header.system_id != system_id {
@@ -107,8 +137,53 @@ impl Pusher {
             ))
             .hint("this WAL is from another cluster: archive it to a repository of its own"));
         }
+        let (frames, streamed_crc) = frames?;
+        if streamed_crc.is_some_and(|streamed| streamed != crc32c) {
+            return Err(Error::damaged(format!("{name} on disk is not what the server streamed"))
+                .hint("check the disk; a new base backup (`perennial backup`) starts a sound history"));
+        }
         let plain = Plain { size: content.len() as u64, crc32c, facts };
-        WalObject::assemble(name, system_id, plain, frames?, identity)
+        WalObject::assemble(name, system_id, plain, frames, identity)
+    }
+
+    /// The frames of the stream, or new ones; with the checksum of what the former hold.
+    async fn frames(&self, content: &Bytes, streamed: Option<StreamedFrames>) -> Result<(Vec<Frame>, Option<u32>)> {
+        if let Some(streamed) = streamed.filter(|streamed| streamed.fits(content.len() as u64)) {
+            return Ok((streamed.frames, Some(streamed.crc32c)));
+        }
+        let codec = self.repository.descriptor().codec;
+        let frames = (0..content.len().div_ceil(FRAME))
+            .map(|index| content.slice(index * FRAME..((index + 1) * FRAME).min(content.len())))
+            .map(|part| {
+                blocking(move || {
+                    codec.compress(&part).map(|stored| Frame { stored: stored.into(), plain: part.len() as u64 })
+                })
+            });
+        Ok((futures::future::try_join_all(frames).await?, None))
+    }
+}
+
+/// What the log entries of one segment hold, in order.
+#[derive(Debug, Clone, Default)]
+pub struct StreamedFrames {
+    pub frames: Vec<Frame>,
+    /// Of all their content.
+    pub crc32c: u32,
+}
+
+impl StreamedFrames {
+    pub fn add(&mut self, frame: Frame, crc32c: u32) {
+        self.crc32c = crc32c::crc32c_combine(self.crc32c, crc32c, frame.plain as usize);
+        self.frames.push(frame);
+    }
+
+    pub fn plain(&self) -> u64 {
+        self.frames.iter().map(|frame| frame.plain).sum()
+    }
+
+    /// Whether they hold all of a segment, in pieces that are worth keeping.
+    fn fits(&self, size: u64) -> bool {
+        self.plain() == size && self.frames.len() <= FRAMES_MAX
     }
 }
 

@@ -64,6 +64,7 @@ pub async fn run(repository: &Repository, options: &Options, events: &Events) ->
             server.system_id
         )));
     }
+    check_newest(repository, options.generation).await?;
     let started_at = client.now().await?;
     let start = client.start_backup(server.version, "perennial", options.fast).await?;
     let nonce = u16::from_le_bytes(repository.clock().random());
@@ -107,7 +108,7 @@ fn check(server: &Server, options: &Options) -> Result<()> {
         return Err(Error::refused("the server is in recovery: base backups are taken from the primary"));
     }
     if !server.archiving {
-        return Err(Error::refused("archive_mode is off: without its WAL a backup cannot be restored")
+        return Err(Error::refused("nothing brings this server's WAL to the repository, and without it a backup cannot be restored")
             .hint("start the server with `perennial run`, or set archive_mode = on and archive_command = 'perennial wal push \"%p\"'"));
     }
     Ok(())
@@ -226,16 +227,21 @@ async fn commit(
         frames_sha256: Sha256([0; 32]),
     };
     let body = writer.finish(head)?;
-    let newest = repository.newest_generation().await?;
-    if let Some(newest) = newest.filter(|newest| *newest > task.id.generation) {
-        return Err(Error::new(
-            Kind::Fenced,
-            format!("generation {} was superseded by generation {newest} while it was backed up", task.id.generation),
-        )
-        .hint("another machine is the database now: stop this server"));
-    }
+    check_newest(repository, task.id.generation).await?;
     repository.put_manifest(task.id, &body).await?;
     repository.backup_head(task.id).await
+}
+
+async fn check_newest(repository: &Repository, generation: Generation) -> Result<()> {
+    let newest = repository.newest_generation().await?;
+    match newest.filter(|newest| *newest > generation) {
+        None => Ok(()),
+        Some(newest) => Err(Error::new(
+            Kind::Fenced,
+            format!("generation {generation}, under which this server archives, was superseded by generation {newest}"),
+        )
+        .hint("another machine is the database now (`perennial list`): stop this server")),
+    }
 }
 
 /// Whether a directory looks like one whose server is being backed up: used by `cli` for a clear message.

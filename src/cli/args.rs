@@ -91,12 +91,32 @@ pub struct Run {
     /// Go on from a directory that was restored by hand or never supervised
     #[arg(long)]
     pub adopt: bool,
-    /// What may be lost when the machine vanishes: an upper bound on the age of WAL that is not in the repository
+    /// Set a directory aside that has WAL the repository does not continue, and restore the newest state
+    #[arg(long)]
+    pub discard_diverged: bool,
+    /// What may be lost when the machine vanishes: the greatest age of WAL that is not in the repository. At 0 a commit is
+    /// acknowledged only once it is there [default: 1s]
     #[arg(long, value_name = "DURATION", value_parser = parse_duration, env = "PERENNIAL_RPO", hide_env_values = true)]
     pub rpo: Option<Duration>,
-    /// How long to wait for the first backup of a machine that has begun before this one
+    /// How long another machine must be silent before this one takes over (and how long to wait for its first backup)
+    /// [default: 60s]
     #[arg(long, value_name = "DURATION", value_parser = parse_duration, env = "PERENNIAL_TAKEOVER_AFTER", hide_env_values = true)]
     pub takeover_after: Option<Duration>,
+    /// At --rpo 0, how long a commit waits for company while others are on their way [default: 3ms]
+    #[arg(long, value_name = "DURATION", value_parser = parse_duration, env = "PERENNIAL_LINGER", hide_env_values = true)]
+    pub linger: Option<Duration>,
+    /// How many requests with WAL may be on their way at once, 1 to 16 [default: 4]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=16), env = "PERENNIAL_IN_FLIGHT", hide_env_values = true)]
+    pub in_flight: Option<u8>,
+    /// How often an idle writer shows that it lives; 0 for never [default: 30s]
+    #[arg(long, value_name = "DURATION", value_parser = parse_duration, env = "PERENNIAL_HEARTBEAT", hide_env_values = true)]
+    pub heartbeat: Option<Duration>,
+    /// How long a stop may take before the server is stopped at once and what is left is given up [default: 25s]
+    #[arg(long, value_name = "DURATION", value_parser = parse_duration, env = "PERENNIAL_GRACE", hide_env_values = true)]
+    pub grace: Option<Duration>,
+    /// Tell readiness (/ready), status (/status) and metrics (/metrics) on this address and port
+    #[arg(long, value_name = "ADDRESS:PORT", env = "PERENNIAL_HTTP", hide_env_values = true)]
+    pub http: Option<String>,
     /// How often to take a base backup
     #[arg(long, value_name = "DURATION", value_parser = parse_duration, env = "PERENNIAL_BACKUP_EVERY", hide_env_values = true)]
     pub backup_every: Option<Duration>,
@@ -183,6 +203,9 @@ pub struct TargetArgs {
     /// Stop as soon as the backup is consistent
     #[arg(long)]
     pub immediate: bool,
+    /// Go to the end of the WAL before a gap
+    #[arg(long)]
+    pub before_gap: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -233,6 +256,9 @@ pub struct HistoryArgs {
     /// Timeline to follow [default: the history's newest]
     #[arg(long, value_name = "N")]
     pub timeline: Option<Timeline>,
+    /// Take this position for the end of the history
+    #[arg(long, value_name = "LSN")]
+    pub through: Option<Lsn>,
 }
 
 #[derive(Debug, ClapArgs)]

@@ -17,6 +17,11 @@ pub struct Config {
     pub rpo: Option<String>,
     pub takeover_after: Option<String>,
     pub backup_every: Option<String>,
+    pub linger: Option<String>,
+    pub in_flight: Option<u8>,
+    pub heartbeat: Option<String>,
+    pub grace: Option<String>,
+    pub http: Option<String>,
     pub pg_bindir: Option<std::path::PathBuf>,
     /// How long a request to the store is tried before it is given up.
     pub patience: Option<String>,

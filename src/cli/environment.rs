@@ -19,6 +19,12 @@ pub fn with_prefix(prefix: &str) -> BTreeMap<String, String> {
     set.filter(|(name, value)| name.starts_with(prefix) && !value.is_empty()).collect()
 }
 
+/// Whether PostgreSQL calls us as its `restore_command`, whatever else the words say.
+pub fn is_restore_command() -> bool {
+    let words: Vec<OsString> = std::env::args_os().skip(1).collect();
+    words.windows(2).any(|pair| pair[0] == "wal" && pair[1] == "fetch")
+}
+
 pub fn home() -> Option<PathBuf> {
     variable("HOME").map(PathBuf::from)
 }

@@ -14,12 +14,21 @@ use clap::{CommandFactory, Parser};
 
 pub use args::Args;
 
-use args::Command;
-
 /// Runs the command line and returns the exit code.
 pub fn main() -> i32 {
     // What we write holds table content, in a repository on a disk too: for its owner alone.
     rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o077));
+    // A mistake of ours must not look like an answer either.
+    let code = std::panic::catch_unwind(run).unwrap_or(exit::code(crate::error::Kind::Internal));
+    // Told from the words themselves: a command line that cannot be read is not the end of WAL.
+    match code {
+        exit::DONE | exit::END_OF_WAL => code,
+        failure if environment::is_restore_command() => exit::for_recovery(failure),
+        failure => failure,
+    }
+}
+
+fn run() -> i32 {
     let args = match Args::try_parse() {
         Ok(args) => args,
         Err(refused) => {
@@ -31,15 +40,10 @@ pub fn main() -> i32 {
     if let Some(code) = identity::act_as_init(&args) {
         return code;
     }
-    let fetching = matches!(args.command, Command::Wal(args::Wal::Fetch(_)));
-    match commands::dispatch(args) {
-        Ok(code) => code,
-        Err(error) => {
-            output::error(&error);
-            let code = exit::code(error.kind());
-            if fetching { exit::for_recovery(code) } else { code }
-        }
-    }
+    commands::dispatch(args).unwrap_or_else(|error| {
+        output::error(&error);
+        exit::code(error.kind())
+    })
 }
 
 /// The definition of the command line, for man pages, completions and the reference.

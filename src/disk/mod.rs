@@ -86,6 +86,15 @@ impl Lock {
     pub fn try_take(path: &Path) -> Result<Option<Lock>> {
         let file =
             OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(path).on("open", path)?;
+        Lock::on(file, path)
+    }
+
+    /// The same on a directory itself: it survives whatever is done to its content.
+    pub fn of_directory(path: &Path) -> Result<Option<Lock>> {
+        Lock::on(File::open(path).on("open", path)?, path)
+    }
+
+    fn on(file: File, path: &Path) -> Result<Option<Lock>> {
         match file.try_lock() {
             Ok(()) => Ok(Some(Lock { _file: file })),
             Err(std::fs::TryLockError::WouldBlock) => Ok(None),

@@ -8,6 +8,7 @@ use tokio_postgres::types::PgLsn;
 use tokio_postgres::{Config, NoTls};
 
 use super::process::PostmasterFile;
+use super::replication::SLOT;
 use super::version::Version;
 use crate::error::{Error, IoContext, Result};
 use crate::model::{Lsn, SystemId, Timestamp};
@@ -23,6 +24,37 @@ pub struct ConnectOptions {
     pub database: Option<String>,
     pub sslmode: Option<String>,
     pub sslrootcert: Option<PathBuf>,
+}
+
+/// Where the server is and who we are to it.
+#[derive(Debug, Clone)]
+pub(super) struct Address {
+    pub host: String,
+    pub port: u16,
+    pub user: String,
+    pub password: Option<String>,
+}
+
+impl Address {
+    /// Where the options say, otherwise where `postmaster.pid` says.
+    pub fn find(options: &ConnectOptions, data_dir: &Path) -> Result<Address> {
+        let running = PostmasterFile::read(data_dir)?;
+        let host = match (&options.host, &running) {
+            (Some(host), _) => host.clone(),
+            (None, Some(running)) => running.host(),
+            (None, None) => {
+                return Err(Error::postgres(format!("no server runs in {}", data_dir.display()))
+                    .hint("start it, or say where it is with PGHOST and PGPORT")
+                    .retryable());
+            }
+        };
+        let port = options.port.or(running.map(|running| running.port)).unwrap_or(5432);
+        let user = options.user.clone().unwrap_or_else(|| "postgres".to_owned());
+        let database = options.database.as_deref().unwrap_or("postgres");
+        let from_file = || options.password_from_file(&host, port, &user, database);
+        let password = options.password.clone().or_else(from_file);
+        Ok(Address { host, port, user, password })
+    }
 }
 
 /// What a server says of itself.
@@ -55,24 +87,13 @@ pub struct Client {
 impl Client {
     /// Connects to the server of `data_dir`: where the options say, otherwise where its `postmaster.pid` says.
     pub async fn connect(options: &ConnectOptions, data_dir: &Path) -> Result<Client> {
-        let running = PostmasterFile::read(data_dir)?;
-        let mut config = Config::new();
-        let host = match (&options.host, &running) {
-            (Some(host), _) => host.clone(),
-            (None, Some(running)) => running.host(),
-            (None, None) => {
-                return Err(Error::postgres(format!("no server runs in {}", data_dir.display()))
-                    .hint("start it, or say where it is with PGHOST and PGPORT"));
-            }
-        };
-        let port = options.port.or(running.map(|running| running.port)).unwrap_or(5432);
-        let user = options.user.as_deref().unwrap_or("postgres");
+        let address = Address::find(options, data_dir)?;
         let database = options.database.as_deref().unwrap_or("postgres");
-        config.host(&host).port(port).user(user).dbname(database).application_name("perennial");
+        let Address { host, port, user, .. } = &address;
+        let mut config = Config::new();
+        config.host(host).port(*port).user(user).dbname(database).application_name("perennial");
         config.connect_timeout(Duration::from_secs(10));
-        if let Some(password) =
-            options.password.clone().or_else(|| options.password_from_file(&host, port, user, database))
-        {
+        if let Some(password) = &address.password {
             config.password(password);
         }
         let place = format!("{host}:{port}, user {user}, database {database}");
@@ -98,7 +119,8 @@ impl Client {
         // A backup lasts longer than a timeout made for an application's queries; nor may we wait for a synchronous
         // standby that is waiting for us.
         client
-            .execute("SET statement_timeout = 0; SET lock_timeout = 0; SET idle_in_transaction_session_timeout = 0; SET client_min_messages = warning; SET synchronous_commit = local")
+            .execute("SET statement_timeout = 0; SET lock_timeout = 0; SET idle_in_transaction_session_timeout = 0; SET client_min_messages = warning; SET synchronous_commit = local;
+                      SELECT set_config(name, '0', false) FROM pg_settings WHERE name = 'idle_session_timeout'")
             .await?;
         Ok(client)
     }
@@ -127,7 +149,11 @@ impl Client {
             version_text: self.text("current_setting('server_version')").await?,
             data_directory: PathBuf::from(self.text("current_setting('data_directory')").await?),
             in_recovery: self.text("pg_is_in_recovery()").await? == "true",
-            archiving: archive_mode != "off",
+            archiving: archive_mode != "off"
+                || self
+                    .text(&format!("EXISTS (SELECT FROM pg_replication_slots WHERE slot_name = '{SLOT}' AND active)"))
+                    .await?
+                    == "true",
         })
     }
 
@@ -188,7 +214,7 @@ impl ConnectOptions {
         })
     }
 
-    fn tls(&self) -> Result<Option<rustls::ClientConfig>> {
+    pub(super) fn tls(&self) -> Result<Option<rustls::ClientConfig>> {
         match self.sslmode.as_deref().unwrap_or("prefer") {
             "disable" | "allow" | "prefer" => return Ok(None),
             "require" | "verify-ca" | "verify-full" => (),

@@ -35,6 +35,10 @@ pub struct ControlFile {
     pub redo: Lsn,
     pub timeline: Timeline,
     pub min_recovery_point: Lsn,
+    /// Zero when there is none.
+    min_recovery_timeline: u32,
+    /// Parameters that a server in recovery may not have lower than they were when the WAL was written.
+    pub least: [(&'static str, u32); 5],
     pub segment_size: SegmentSize,
     pub data_checksums: bool,
 }
@@ -44,6 +48,11 @@ impl ControlFile {
         let path = data_dir.join(CONTROL_FILE);
         let bytes = std::fs::read(&path).on("read", &path)?;
         ControlFile::parse(&bytes, version).map_err(|e| e.context(path.display()))
+    }
+
+    /// The timeline the next start is on. Right after a promotion the last checkpoint is still of the one before.
+    pub fn newest_timeline(&self) -> Timeline {
+        Timeline(self.timeline.0.max(self.min_recovery_timeline))
     }
 
     pub fn parse(bytes: &[u8], version: Version) -> Result<ControlFile> {
@@ -84,6 +93,14 @@ impl ControlFile {
             redo: Lsn(u64_at(40)),
             timeline: Timeline(u32_at(48)),
             min_recovery_point: Lsn(u64_at(136)),
+            min_recovery_timeline: u32_at(144),
+            least: [
+                ("max_connections", u32_at(180)),
+                ("max_worker_processes", u32_at(184)),
+                ("max_wal_senders", u32_at(188)),
+                ("max_prepared_transactions", u32_at(192)),
+                ("max_locks_per_transaction", u32_at(196)),
+            ],
             segment_size: SegmentSize::try_from(u64::from(u32_at(228)))
                 .map_err(|e| Error::damaged(format!("the control file: {e}")))?,
             data_checksums: u32_at(252) != 0,

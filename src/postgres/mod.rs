@@ -7,6 +7,7 @@ pub mod data_dir;
 pub mod install;
 pub mod page;
 pub mod process;
+pub mod replication;
 pub mod version;
 
 use std::path::Path;
@@ -17,6 +18,7 @@ pub use client::{Client, ConnectOptions};
 pub use control_file::ControlFile;
 pub use install::Install;
 pub use process::{Postmaster, PostmasterFile, ServerStatus};
+pub use replication::Replication;
 pub use version::Version;
 
 /// The version of a data directory, from its `PG_VERSION`.

@@ -152,6 +152,7 @@ impl PostmasterFile {
             let path = path.display();
             Error::refused(format!("{path} names no process: a server is starting there, or a full disk left it so"))
                 .hint(format!("try again; if it stays like this and no server runs there, remove it (rm '{path}')"))
+                .retryable()
         })
     }
 

@@ -19,6 +19,12 @@ pub fn wrap(head: &impl Serialize) -> Result<Vec<u8>> {
     let mut json =
         serde_json::to_vec(head).map_err(|e| Error::internal("a head cannot be written as JSON").source(e))?;
     json.extend_from_slice(&crc32c::crc32c(&json).to_le_bytes());
+    if json.len() as u64 + 8 > HEAD_MAX {
+        return Err(Error::refused(format!(
+            "a head of {} bytes, no reader takes more than {HEAD_MAX}",
+            json.len() + 8
+        )));
+    }
     skippable(HEAD_MAGIC, &json)
 }
 

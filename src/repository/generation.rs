@@ -60,7 +60,17 @@ impl Repository {
     /// The numbers of all generations, lowest first. They are dense; a hole means that a claim was deleted.
     pub async fn generations(&self) -> Result<Vec<Generation>> {
         let level = self.store.list_level(layout::GENERATIONS).await?;
-        Ok(level.directories.iter().filter_map(|directory| layout::parse_generation_dir(directory)).collect())
+        let mut all: Vec<Generation> =
+            level.directories.iter().filter_map(|directory| layout::parse_generation_dir(directory)).collect();
+        // On a disk, a claim that was cut off leaves its directory behind, empty: nobody has the number.
+        while let Some(last) = all.last() {
+            let within = self.store.list_level(&layout::generation_dir(*last)).await?;
+            if !(within.directories.is_empty() && within.entries.is_empty()) {
+                break;
+            }
+            all.pop();
+        }
+        Ok(all)
     }
 
     pub async fn newest_generation(&self) -> Result<Option<Generation>> {
@@ -105,10 +115,13 @@ impl Repository {
         writer: &NewWriter,
     ) -> Result<Option<Claim>> {
         let generation = newest.map_or(Generation::FIRST, Generation::next);
+        if parent.is_some_and(|parent| parent >= generation) {
+            return Err(Error::internal(format!("generation {generation} cannot be a child of a later one")));
+        }
         let claim = Claim {
             kind: "perennial/generation".to_owned(),
             format: 1,
-            writer_id: WriteId(self.clock.random()),
+            writer_id: writer.writer_id,
             generation,
             parent,
             system_id: writer.system_id,
@@ -127,6 +140,8 @@ impl Repository {
 /// What a claimant says of itself.
 #[derive(Debug, Clone)]
 pub struct NewWriter {
+    /// Made and noted before the claim is put, so that one whose answer was lost is recognised.
+    pub writer_id: WriteId,
     pub system_id: SystemId,
     pub pg_major: u32,
     pub segment_size: SegmentSize,

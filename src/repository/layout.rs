@@ -21,6 +21,24 @@ pub fn wal_dir(generation: Generation) -> String {
     format!("{}/wal", generation_dir(generation))
 }
 
+/// The live log of a generation is under this.
+pub fn log_dir(generation: Generation) -> String {
+    format!("{}/log", generation_dir(generation))
+}
+
+pub fn log_entry(generation: Generation, number: u64) -> String {
+    format!("{}/{number:012}", log_dir(generation))
+}
+
+/// Collection bounds of a log are under this.
+pub fn collected_dir(generation: Generation) -> String {
+    format!("{}/collected", generation_dir(generation))
+}
+
+pub fn collected(generation: Generation, number: u64) -> String {
+    format!("{}/{number:012}", collected_dir(generation))
+}
+
 /// The key of an archived file: segments and what belongs to them in a folder per timeline and xlogid.
 pub fn wal_file(generation: Generation, name: WalFileName) -> String {
     let wal = wal_dir(generation);
@@ -47,6 +65,24 @@ pub fn pack(pack: PackId) -> String {
 /// The generation of a `generations/…` directory.
 pub fn parse_generation_dir(directory: &str) -> Option<Generation> {
     Generation::from_padded(directory.strip_prefix(GENERATIONS)?.strip_prefix('/')?)
+}
+
+/// The entry of a key under [`log_dir`].
+pub fn parse_log_entry(key: &str) -> Option<(Generation, u64)> {
+    parse_numbered(key, log_entry)
+}
+
+/// The bound of a key under [`collected_dir`].
+pub fn parse_collected(key: &str) -> Option<(Generation, u64)> {
+    parse_numbered(key, collected)
+}
+
+/// Only the one spelling that `build` gives.
+fn parse_numbered(key: &str, build: impl Fn(Generation, u64) -> String) -> Option<(Generation, u64)> {
+    let (generation, rest) = key.strip_prefix(GENERATIONS)?.strip_prefix('/')?.split_once('/')?;
+    let generation = Generation::from_padded(generation)?;
+    let number = rest.rsplit('/').next()?.parse().ok()?;
+    (build(generation, number) == key).then_some((generation, number))
 }
 
 /// The backup of a `backups/…` directory.
@@ -86,6 +122,9 @@ mod tests {
             assert_eq!(parse_wal_file(&wal_file(generation, name)), Some((generation, name)));
         }
         assert_eq!(parse_generation_dir(&generation_dir(generation)), Some(generation));
+        assert_eq!(parse_log_entry(&log_entry(generation, 42)), Some((generation, 42)));
+        assert_eq!(parse_collected(&collected(generation, 42)), Some((generation, 42)));
+        assert_eq!(parse_log_entry("generations/00000012/log/42"), None);
         let backup = BackupId { generation, start: Lsn(40), nonce: 7 };
         let directory = manifest(backup);
         assert_eq!(parse_backup_dir(directory.strip_suffix("/manifest").expect("a manifest")), Some(backup));

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use super::codec::{Codec, Sha256, decompress};
 use super::pack::FrameRef;
 use super::{Repository, envelope, layout};
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
 use crate::model::{BackupId, Generation, Lsn, PackId, RepositoryId, SystemId, Timeline, Timestamp, WriteId};
 use crate::storage::{Body, Created};
 use crate::wal::SegmentSize;
@@ -218,6 +218,13 @@ impl ManifestWriter {
     }
 }
 
+/// What a look at all backups found.
+#[derive(Debug, Default)]
+pub struct Backups {
+    pub sound: Vec<BackupHead>,
+    pub damaged: Vec<Error>,
+}
+
 impl Repository {
     /// Makes the backup visible.
     pub async fn put_manifest(&self, backup: BackupId, body: &Body) -> Result<()> {
@@ -236,10 +243,28 @@ impl Repository {
         Ok(ids)
     }
 
-    /// The heads of all backups, in order of position.
-    pub async fn backups(&self) -> Result<Vec<BackupHead>> {
-        let reads: Vec<_> = self.backup_ids().await?.into_iter().map(|id| self.backup_head(id)).collect();
-        futures::stream::iter(reads).buffered(PARALLEL).try_collect().await
+    /// The heads of all backups that can be read, in order of position, and what is wrong with the others. One that is
+    /// damaged must not stand in the way of those that are not.
+    pub async fn backups(&self) -> Result<Backups> {
+        let reads: Vec<_> = self.backup_ids().await?.into_iter().map(|id| self.look_for(id)).collect();
+        let looks: Vec<_> = futures::stream::iter(reads).buffered(PARALLEL).try_collect().await?;
+        let mut backups = Backups::default();
+        for look in looks.into_iter().flatten() {
+            match look {
+                Ok(head) => backups.sound.push(head),
+                Err(error) => backups.damaged.push(error),
+            }
+        }
+        Ok(backups)
+    }
+
+    /// A directory without a manifest is no backup: one that was cut off on a disk, or deleted.
+    async fn look_for(&self, id: BackupId) -> Result<Option<Result<BackupHead>>> {
+        match self.find_manifest(id).await {
+            Ok(found) => Ok(found.map(|(head, ..)| Ok(head))),
+            Err(error) if error.kind() == Kind::Damaged => Ok(Some(Err(error))),
+            Err(error) => Err(error),
+        }
     }
 
     pub async fn backup_head(&self, backup: BackupId) -> Result<BackupHead> {
@@ -247,8 +272,12 @@ impl Repository {
     }
 
     async fn manifest_start(&self, backup: BackupId) -> Result<(BackupHead, u64, u64)> {
+        self.find_manifest(backup).await?.ok_or_else(|| self.missing(&layout::manifest(backup)))
+    }
+
+    async fn find_manifest(&self, backup: BackupId) -> Result<Option<(BackupHead, u64, u64)>> {
         let key = layout::manifest(backup);
-        let chunk = self.must_read(&key, 0..envelope::HEAD_MAX).await?;
+        let Some(chunk) = self.store.read(&key, 0..envelope::HEAD_MAX).await? else { return Ok(None) };
         let (head, length): (BackupHead, usize) =
             envelope::unwrap(&chunk.bytes, FORMAT).map_err(|why| self.corrupt(&key, why))?;
         let frames: u64 = head.frames.iter().map(|(stored, _)| stored).sum();
@@ -258,7 +287,7 @@ impl Repository {
         if head.backup_id != backup || head.repository_id != self.descriptor.repository_id {
             return Err(self.corrupt(&key, "it is the manifest of another backup"));
         }
-        Ok((head, length as u64, chunk.object_size))
+        Ok(Some((head, length as u64, chunk.object_size)))
     }
 
     /// Reads the whole manifest, handing each line over in order, `End` not included.

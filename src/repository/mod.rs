@@ -9,9 +9,11 @@ mod document;
 mod envelope;
 mod generation;
 pub mod layout;
+pub mod log;
 pub mod manifest;
 pub mod pack;
 pub mod reach;
+mod wal_content;
 mod wal_index;
 mod wal_object;
 mod writer;
@@ -25,8 +27,9 @@ use crate::storage::{Body, Created, Store, probe, read_small};
 pub use codec::Codec;
 pub use descriptor::Descriptor;
 pub use generation::{Claim, Lineage, NewWriter};
-pub use wal_index::{WalIndex, WalPlace};
-pub use wal_object::{FRAME, Plain, Put, WalHead, WalObject};
+pub use wal_content::Known;
+pub use wal_index::{WalIndex, WalPlace, WalSource};
+pub use wal_object::{FRAME, FRAMES_MAX, Frame, Plain, Put, WalHead, WalObject};
 pub use writer::Writer;
 
 /// An opened repository: a store and the descriptor that says what is in it.

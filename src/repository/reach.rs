@@ -72,9 +72,16 @@ impl<'a> View<'a> {
         })
     }
 
-    /// Where a segment on the way is kept.
+    /// Where a segment on the way is kept. Of a timeline's first segment, which repeats the ancestor's up to the point
+    /// where that was left, a part that ends before that point is of no use: the ancestor has more.
     pub fn locate(&self, timeline: Timeline, number: u64) -> Option<WalPlace> {
-        self.index.segment(timeline, number).filter(|_| self.is_on_the_way(timeline, number))
+        let begin = self.history.spans().find(|(of, ..)| *of == timeline).map(|(_, begin, _)| begin)?;
+        let usable = |place: &WalPlace| place.through(self.end_of_segment(number)) > begin;
+        self.index.segment(timeline, number).filter(usable).filter(|_| self.is_on_the_way(timeline, number))
+    }
+
+    fn end_of_segment(&self, number: u64) -> Lsn {
+        self.segment_size().start_of(number + 1)
     }
 
     /// Whether anything on the way lies after segment `number`.
@@ -95,14 +102,23 @@ impl<'a> View<'a> {
             let mut candidates = spans.iter().rev().filter(|(timeline, ..)| self.is_on_the_way(*timeline, number));
             let wanted = candidates.next().map_or(self.history.timeline, |(timeline, ..)| *timeline);
             let next = SegmentName::new(wanted, number, size);
-            if self.index.segment(wanted, number).is_none() {
+            let Some(place) = self.locate(wanted, number) else {
                 // The ancestor's own segment goes as far as the ancestor does.
-                let older = candidates.find(|(timeline, ..)| self.index.segment(*timeline, number).is_some());
-                let through = older.and_then(|(_, _, end)| *end).unwrap_or(size.start_of(number));
-                let last = older.map(|(timeline, ..)| SegmentName::new(*timeline, number, size)).or(last);
+                let older = candidates.find_map(|(timeline, _, end)| {
+                    let through = self.locate(*timeline, number)?.through(self.end_of_segment(number));
+                    Some((SegmentName::new(*timeline, number, size), end.map_or(through, |end| through.min(end))))
+                });
+                let (last, through) = match older {
+                    Some((name, through)) => (Some(name), through),
+                    None => (last, size.start_of(number)),
+                };
+                return Coverage { through, last, next, gap: self.has_wal_after(number) };
+            };
+            last = Some(next);
+            let through = place.through(self.end_of_segment(number));
+            if through < self.end_of_segment(number) {
                 return Coverage { through, last, next, gap: self.has_wal_after(number) };
             }
-            last = Some(next);
             number += 1;
         }
     }
@@ -152,7 +168,8 @@ mod tests {
     use super::*;
     use crate::model::{RepositoryId, SystemId, WriteId};
     use crate::repository::codec::Sha256;
-    use crate::repository::{Claim, WalPlace};
+    use crate::repository::log::LogRun;
+    use crate::repository::{Claim, WalPlace, WalSource};
     use crate::wal::Switch;
 
     const SEGMENT: u64 = 16 << 20;
@@ -185,7 +202,8 @@ mod tests {
         let mut index = WalIndex::default();
         for (generation, timeline, numbers) in segments {
             for number in numbers.clone() {
-                let place = WalPlace { generation: Generation(*generation), stored: 1 };
+                let source = WalSource::Object { stored: 1 };
+                let place = WalPlace { generation: Generation(*generation), source };
                 index.add_segment(SegmentName::new(Timeline(*timeline), number, size()), size(), place);
             }
         }
@@ -253,6 +271,47 @@ mod tests {
         assert!(!coverage.gap, "the zombie's segments are not WAL that goes on");
         assert_eq!(view.locate(Timeline(1), 6), None);
         assert!(view.locate(Timeline(1), 5).is_some());
+    }
+
+    fn run(generation: u32, timeline: u32, start: u64, end: u64) -> LogRun {
+        LogRun {
+            generation: Generation(generation),
+            timeline: Timeline(timeline),
+            start: Lsn(start),
+            end: Lsn(end),
+            first: 1,
+            next: 2,
+            at: Timestamp::from_unix_micros(0),
+        }
+    }
+
+    #[test]
+    fn the_tail_of_a_log_counts_to_the_byte() {
+        let lineage = lineage(&[1, 2]);
+        let mut index = index(&[(1, 1, 2..4)], &[]);
+        index.add_run(run(1, 1, 2 * SEGMENT, 5 * SEGMENT + 77), size());
+        // The next life went on with the same disk, began at the start of the segment again, and got less far.
+        index.add_run(run(2, 1, 5 * SEGMENT, 5 * SEGMENT + 50), size());
+        let view = View::new(&lineage, &index, Timeline(1)).expect("known");
+        let coverage = view.coverage(Lsn(2 * SEGMENT + 40));
+        assert_eq!((coverage.through, coverage.gap), (Lsn(5 * SEGMENT + 77), false));
+        assert_eq!(view.locate(Timeline(1), 5).map(|place| place.generation), Some(Generation(1)));
+        assert!(matches!(view.locate(Timeline(1), 3).expect("whole").source, WalSource::Object { .. }));
+    }
+
+    #[test]
+    fn a_new_timeline_that_has_not_passed_its_beginning_hides_nothing_of_its_ancestor() {
+        let lineage = lineage(&[1, 2]);
+        let fork = 5 * SEGMENT + 100;
+        let mut index = index(&[(1, 1, 2..5)], &[(2, &[(1, fork)])]);
+        index.add_run(run(1, 1, 5 * SEGMENT, fork + 8), size());
+        index.add_run(run(2, 2, 5 * SEGMENT, 5 * SEGMENT + 64), size());
+        let view = View::new(&lineage, &index, Timeline(2)).expect("known");
+        assert_eq!(view.coverage(Lsn(2 * SEGMENT)).through, Lsn(fork), "the ancestor's, up to where it was left");
+        assert_eq!(view.locate(Timeline(2), 5), None);
+        index.add_run(run(2, 2, 5 * SEGMENT, fork + 500), size());
+        let view = View::new(&lineage, &index, Timeline(2)).expect("known");
+        assert_eq!(view.coverage(Lsn(2 * SEGMENT)).through, Lsn(fork + 500));
     }
 
     #[test]

@@ -4,21 +4,39 @@ use std::collections::BTreeMap;
 
 use futures::{StreamExt, TryStreamExt};
 
+use super::log::LogRun;
 use super::{Lineage, Repository, layout};
 use crate::error::Result;
-use crate::model::{Generation, Timeline};
+use crate::model::{Generation, Lsn, Timeline};
 use crate::storage::Entry;
 use crate::wal::{History, SegmentName, SegmentSize, WalFileName};
 
 /// Generations listed at once.
 const PARALLEL: usize = 8;
 
-/// Where an archived file is kept.
+/// Where the WAL of a segment is kept.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct WalPlace {
     pub generation: Generation,
-    /// Size of the object.
-    pub stored: u64,
+    pub source: WalSource,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum WalSource {
+    /// An object of its own, of this size.
+    Object { stored: u64 },
+    /// Entries of the generation's log, which go so far: the last segment of a life, or one that was not stored yet.
+    Log { through: Lsn },
+}
+
+impl WalPlace {
+    /// How far the WAL of a segment that ends at `segment_end` is there.
+    pub fn through(&self, segment_end: Lsn) -> Lsn {
+        match self.source {
+            WalSource::Object { .. } => segment_end,
+            WalSource::Log { through } => through.min(segment_end),
+        }
+    }
 }
 
 /// The WAL of a lineage. A file that several generations hold is taken from the newest of them.
@@ -26,6 +44,7 @@ pub struct WalPlace {
 pub struct WalIndex {
     segments: BTreeMap<Timeline, BTreeMap<u64, WalPlace>>,
     histories: BTreeMap<Timeline, History>,
+    runs: Vec<LogRun>,
 }
 
 impl WalIndex {
@@ -66,10 +85,38 @@ impl WalIndex {
     pub fn add_segment(&mut self, name: SegmentName, size: SegmentSize, place: WalPlace) {
         if let Some(number) = name.number(size) {
             let held = self.segments.entry(name.timeline).or_default().entry(number).or_insert(place);
-            if held.generation < place.generation {
+            if Self::is_better(place, *held) {
                 *held = place;
             }
         }
+    }
+
+    /// Notes the segments that a log has, the last one in part.
+    pub fn add_run(&mut self, run: LogRun, size: SegmentSize) {
+        for number in size.number_at(run.start)..=size.number_before(run.end) {
+            // A log starts at the start of a segment, and is collected by whole ones.
+            if run.start <= size.start_of(number) {
+                let source = WalSource::Log { through: run.end.min(size.start_of(number + 1)) };
+                let place = WalPlace { generation: run.generation, source };
+                self.add_segment(SegmentName::new(run.timeline, number, size), size, place);
+            }
+        }
+        self.runs.push(run);
+    }
+
+    /// The log of a generation, as far as it has WAL.
+    pub fn run(&self, generation: Generation) -> Option<LogRun> {
+        self.runs.iter().find(|run| run.generation == generation).copied()
+    }
+
+    /// An object before a log, of two objects the newer, of two logs the one that goes further: a life that went on with
+    /// the same disk writes the same bytes again, and may have died before it got as far.
+    fn is_better(place: WalPlace, held: WalPlace) -> bool {
+        let rank = |place: WalPlace| match place.source {
+            WalSource::Object { .. } => (1, Lsn(0), place.generation),
+            WalSource::Log { through } => (0, through, place.generation),
+        };
+        rank(place) > rank(held)
     }
 
     pub fn add_history(&mut self, history: History) {
@@ -82,18 +129,22 @@ impl Repository {
     pub async fn wal_index(&self, lineage: &Lineage) -> Result<WalIndex> {
         let mut index = WalIndex::default();
         let mut histories: Vec<(Generation, Timeline)> = Vec::new();
-        let listings: Vec<_> = lineage.claims().iter().map(|claim| self.wal_entries(claim.generation)).collect();
-        let listings: Vec<_> = futures::stream::iter(listings).buffered(PARALLEL).try_collect().await?;
-        for (claim, entries) in lineage.claims().iter().zip(listings) {
+        let looks: Vec<_> = lineage.claims().iter().map(|claim| self.wal_of(claim.generation)).collect();
+        let looks: Vec<_> = futures::stream::iter(looks).buffered(PARALLEL).try_collect().await?;
+        for (claim, (entries, run)) in lineage.claims().iter().zip(looks) {
             for entry in entries {
                 let Some((generation, name)) = layout::parse_wal_file(&entry.key) else { continue };
                 match name {
                     WalFileName::Segment(name) => {
-                        index.add_segment(name, claim.segment_size, WalPlace { generation, stored: entry.size });
+                        let source = WalSource::Object { stored: entry.size };
+                        index.add_segment(name, claim.segment_size, WalPlace { generation, source });
                     }
                     WalFileName::History(timeline) => histories.push((generation, timeline)),
                     WalFileName::Partial(_) | WalFileName::Backup(..) => (),
                 }
+            }
+            if let Some(run) = run {
+                index.add_run(run, claim.segment_size);
             }
         }
         // Newest generation first, so that its history of a timeline is the one that counts.
@@ -104,8 +155,11 @@ impl Repository {
         Ok(index)
     }
 
-    async fn wal_entries(&self, generation: Generation) -> Result<Vec<Entry>> {
-        self.store.list(&layout::wal_dir(generation), None).try_collect().await
+    /// The log first: what is collected from it meanwhile is among the objects then.
+    async fn wal_of(&self, generation: Generation) -> Result<(Vec<Entry>, Option<LogRun>)> {
+        let run = self.log_tail(generation).await?;
+        let entries = self.store.list(&layout::wal_dir(generation), None).try_collect().await?;
+        Ok((entries, run))
     }
 
     /// A history file that is known to be there.

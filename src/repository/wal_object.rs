@@ -14,8 +14,18 @@ use crate::wal::{RestorePoint, SegmentFacts, WalFileName};
 
 const FORMAT: &str = "perennial/wal/1";
 
-/// Content is cut in frames of this many bytes, which are compressed and decompressed side by side.
+/// Content is cut in frames of at most this many bytes, which are compressed and decompressed side by side.
 pub const FRAME: usize = 4 << 20;
+
+/// Frames an object may have: its head must list them all.
+pub const FRAMES_MAX: usize = 2048;
+
+/// Some bytes of a file, compressed.
+#[derive(Debug, Clone)]
+pub struct Frame {
+    pub stored: Bytes,
+    pub plain: u64,
+}
 
 /// Largest piece of an object fetched at once. Larger objects (segments of over 16 MB) are read piece by piece.
 const PIECE: u64 = 16 << 20;
@@ -31,9 +41,8 @@ pub struct WalHead {
     /// Bytes of the file, and their CRC-32C.
     pub size: u64,
     pub crc32c: u32,
-    /// Stored bytes of each frame; every frame but the last holds `frame_size` bytes of the file.
-    pub frame_size: u64,
-    pub frames: Vec<u64>,
+    /// Bytes of each frame as stored, and of the file it holds.
+    pub frames: Vec<(u64, u64)>,
     /// Hash of all stored frames.
     pub stored_sha256: Sha256,
     /// Wall time of the machine that pushed it.
@@ -62,16 +71,16 @@ pub struct WalObject {
 }
 
 impl WalObject {
-    /// Puts head and frames together. `frames` are the compressed [`FRAME`]-sized cuts of the file.
+    /// Puts head and frames together. `frames` are the compressed cuts of the file, of at most [`FRAME`] bytes each.
     pub fn assemble(
         name: WalFileName,
         system_id: SystemId,
         plain: Plain,
-        frames: Vec<Vec<u8>>,
+        frames: Vec<Frame>,
         identity: (WriteId, Timestamp),
     ) -> Result<WalObject> {
         let mut hash = aws_lc_rs::digest::Context::new(&aws_lc_rs::digest::SHA256);
-        frames.iter().for_each(|frame| hash.update(frame));
+        frames.iter().for_each(|frame| hash.update(&frame.stored));
         let mut stored_sha256 = [0; 32];
         stored_sha256.copy_from_slice(hash.finish().as_ref());
         let facts = plain.facts;
@@ -82,8 +91,7 @@ impl WalObject {
             system_id,
             size: plain.size,
             crc32c: plain.crc32c,
-            frame_size: FRAME as u64,
-            frames: frames.iter().map(|frame| frame.len() as u64).collect(),
+            frames: frames.iter().map(|frame| (frame.stored.len() as u64, frame.plain)).collect(),
             stored_sha256: Sha256(stored_sha256),
             pushed_at: identity.1,
             last_record_end: facts.as_ref().map(|f| f.last_record_end),
@@ -94,7 +102,7 @@ impl WalObject {
             restore_points: facts.map(|f| f.restore_points).unwrap_or_default(),
         };
         let mut body = Body::from(envelope::wrap(&head)?);
-        frames.into_iter().for_each(|frame| body.push(Bytes::from(frame)));
+        frames.into_iter().for_each(|frame| body.push(frame.stored));
         Ok(WalObject { name, head, body })
     }
 
@@ -107,7 +115,8 @@ impl WalObject {
         identity: (WriteId, Timestamp),
     ) -> Result<WalObject> {
         let plain = Plain { size: content.len() as u64, crc32c: crc32c::crc32c(content), facts: None };
-        WalObject::assemble(name, system_id, plain, vec![codec.compress(content)?], identity)
+        let frame = Frame { stored: codec.compress(content)?.into(), plain: content.len() as u64 };
+        WalObject::assemble(name, system_id, plain, vec![frame], identity)
     }
 
     pub fn stored_size(&self) -> u64 {
@@ -195,24 +204,25 @@ impl Repository {
         let key = layout::wal_file(generation, name);
         let Some(first) = self.store.read(&key, 0..PIECE).await? else { return Ok(None) };
         let (head, head_length) = self.unwrap_wal(&key, name, &first.bytes)?;
-        let stored: u64 = head.frames.iter().sum();
-        if head_length as u64 + stored != first.object_size || head.frame_size == 0 || head.frame_size > 64 << 20 {
+        let (stored, plain) = head.frames.iter().fold((0u64, 0u64), |(stored, plain), frame| {
+            (stored.saturating_add(frame.0), plain.saturating_add(frame.1))
+        });
+        if (head_length as u64).saturating_add(stored) != first.object_size {
             return Err(self.corrupt(&key, format!("it is {} bytes long, its head says otherwise", first.object_size)));
+        }
+        if plain != head.size || head.frames.iter().any(|(_, plain)| *plain > FRAME as u64) {
+            return Err(self.corrupt(&key, "its frames do not add up to its size"));
         }
         let mut pieces = Pieces { repository: self, key: &key, held: first.bytes, at: 0, end: first.object_size };
         let mut hash = aws_lc_rs::digest::Context::new(&aws_lc_rs::digest::SHA256);
         let mut place = head_length as u64;
         let mut offset = 0;
-        for (index, length) in head.frames.iter().enumerate() {
+        for (index, (length, size)) in head.frames.iter().copied().enumerate() {
             let frame = pieces.get(place..place + length).await?;
             hash.update(&frame);
             let last = index + 1 == head.frames.len();
-            let size = if last { head.size.saturating_sub(offset) } else { head.frame_size };
             if last && hash.clone().finish().as_ref() != head.stored_sha256.0 {
                 return Err(self.corrupt(&key, "the checksum of its content does not hold"));
-            }
-            if size > head.frame_size {
-                return Err(self.corrupt(&key, "its frames do not add up to its size"));
             }
             let plain = tokio::task::spawn_blocking(move || decompress(&frame, size as usize))
                 .await
@@ -221,9 +231,6 @@ impl Repository {
             write(offset, plain)?;
             offset += size;
             place += length;
-        }
-        if offset != head.size {
-            return Err(self.corrupt(&key, "its frames do not add up to its size"));
         }
         Ok(Some(head))
     }

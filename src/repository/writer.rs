@@ -9,6 +9,7 @@ use super::{Claim, Descriptor, Repository, document};
 use crate::clock::Clock;
 use crate::disk;
 use crate::error::{Error, Result};
+use crate::model::WriteId;
 use crate::storage::Store;
 
 /// The local note of a claim. It is not in base backups, so a restored directory has none until it claims anew.
@@ -20,8 +21,9 @@ pub struct Writer {
     pub claim: Claim,
 }
 
-/// Name of the file inside our directory of the data directory.
+/// Names of files inside our directory of the data directory: the note, and the id of a claim that is being made.
 const FILE: &str = "writer.json";
+const CLAIMING: &str = "claiming";
 
 impl Writer {
     pub fn new(repository: &Repository, claim: Claim) -> Writer {
@@ -43,7 +45,21 @@ impl Writer {
 
     pub fn save(&self, own_dir: &Path) -> Result<()> {
         disk::create_dir(own_dir, 0o700)?;
-        disk::durable_write(&Writer::path(own_dir), &document::write(self)?, 0o600)
+        disk::durable_write(&Writer::path(own_dir), &document::write(self)?, 0o600)?;
+        disk::remove_if_there(&own_dir.join(CLAIMING))
+    }
+
+    /// Notes under which id this directory is about to claim: should we die before we know that the claim was made, the
+    /// next start recognises it as ours.
+    pub fn note_claiming(own_dir: &Path, id: WriteId) -> Result<()> {
+        disk::create_dir(own_dir, 0o700)?;
+        disk::durable_write(&own_dir.join(CLAIMING), id.to_string().as_bytes(), 0o600)
+    }
+
+    /// The id of a claim that was being made when the last start ended.
+    pub fn claiming(own_dir: &Path) -> Result<Option<WriteId>> {
+        let bytes = disk::read_if_there(&own_dir.join(CLAIMING))?;
+        Ok(bytes.and_then(|bytes| String::from_utf8_lossy(&bytes).trim().parse().ok()))
     }
 
     pub fn forget(own_dir: &Path) -> Result<()> {

@@ -55,17 +55,17 @@ impl Tablespaces {
         Ok(Tablespaces { links })
     }
 
-    /// A tablespace directory must be new or empty, like the data directory.
-    pub fn check(&self, force: bool) -> Result<()> {
+    /// A tablespace directory must be new or empty. Overwriting a data directory (`force`) allows to empty those that it
+    /// links to itself, and no others: they may be a living server's.
+    pub fn check(&self, data_dir: &Path, force: bool) -> Result<()> {
         for (oid, directory) in &self.links {
-            if !force && !is_vacant(directory)? && !holds_only_an_unfinished_restore(directory)? {
+            let own = force && is_linked_from(data_dir, directory)?;
+            if !own && !is_vacant(directory)? && !holds_only_an_unfinished_restore(directory)? {
                 return Err(Error::refused(format!(
                     "the directory of tablespace {oid}, {}, is not empty",
                     directory.display()
                 ))
-                .hint(format!(
-                    "send it elsewhere with --tablespace {oid}=/new/directory, or add --force to delete what is in it"
-                )));
+                .hint(format!("send it elsewhere: perennial restore --tablespace {oid}=/new/directory")));
             }
         }
         Ok(())
@@ -99,6 +99,23 @@ impl Tablespaces {
 
 /// Marks a tablespace directory whose restore has not finished.
 const UNFINISHED: &str = "perennial.restoring";
+
+/// Whether the directory that is being overwritten has its tablespace there.
+fn is_linked_from(data_dir: &Path, directory: &Path) -> Result<bool> {
+    let Ok(wanted) = std::fs::canonicalize(directory) else { return Ok(false) };
+    let links = match std::fs::read_dir(data_dir.join("pg_tblspc")) {
+        Ok(links) => links,
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(false),
+        Err(e) => return Err(e).on("list directory", data_dir.join("pg_tblspc")),
+    };
+    for link in links {
+        let link = link.on("list directory", data_dir)?.path();
+        if std::fs::canonicalize(&link).is_ok_and(|target| target == wanted) {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
 
 fn holds_only_an_unfinished_restore(directory: &Path) -> Result<bool> {
     Ok(directory.join(UNFINISHED).is_file())

@@ -13,7 +13,7 @@ mod target;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use crate::disk;
+use crate::disk::{self, Lock};
 use crate::error::{Error, IoContext, Result};
 use crate::events::{Event, Events};
 use crate::model::{BackupId, Generation, Timeline};
@@ -55,11 +55,14 @@ pub struct Restored {
     pub choice: Choice,
 }
 
-/// Restores into `options.data_dir`.
+/// Restores into `options.data_dir`, which the caller has locked ([`lock`]).
 pub async fn run(repository: &Repository, options: &Options, events: &Events) -> Result<Restored> {
     let began = repository.clock().monotonic();
     check_directory(&options.data_dir, options.force)?;
     let choice = choose(repository, options).await?;
+    for damage in &choice.damaged {
+        events.warning(format!("a backup cannot be used: {damage}"));
+    }
     if let Some((level, text)) = find::note(&options.target, &choice.located) {
         events.emit(Event::Note { level, text });
     }
@@ -73,7 +76,7 @@ pub async fn run(repository: &Repository, options: &Options, events: &Events) ->
 
     let mut contents = fetch::Contents::read(repository, backup.backup_id).await?;
     let tablespaces = layout::Tablespaces::map(&backup, &options.tablespace_map)?;
-    tablespaces.check(options.force)?;
+    tablespaces.check(&options.data_dir, options.force)?;
     prepare(&options.data_dir, &tablespaces, &backup)?;
     layout::make_directories(&options.data_dir, &contents.directories, &tablespaces)?;
     outside::make_directories(&contents, &options.data_dir)?;
@@ -95,11 +98,28 @@ pub async fn run(repository: &Repository, options: &Options, events: &Events) ->
     Ok(Restored { backup, choice })
 }
 
+/// Makes the directory if need be and keeps every other process of ours out of it: one that came later would find a
+/// restore that is being done, take it for one that was given up, and begin anew in its middle.
+pub fn lock(data_dir: &Path) -> Result<Lock> {
+    disk::create_dir(data_dir, 0o700)?;
+    Lock::of_directory(data_dir)?.ok_or_else(|| {
+        Error::refused(format!("another perennial process is at work in {}", data_dir.display()))
+            .hint("stop it first, or name another directory with -D")
+    })
+}
+
 /// Decides what would be restored, without writing anything.
 pub async fn choose(repository: &Repository, options: &Options) -> Result<Choice> {
     let reachable = Reachable::read(repository, options.generation, options.timeline).await?;
     let target = find::locate(repository, &reachable, &options.target, options.inclusive).await?;
-    plan::choose(&reachable, options.backup, &target)
+    plan::choose(reachable, options.backup, &target)
+}
+
+/// Whether a restore as asked for could be done here: to be known before anything is taken from anybody.
+pub async fn check(repository: &Repository, options: &Options) -> Result<()> {
+    check_directory(&options.data_dir, options.force)?;
+    let choice = choose(repository, options).await?;
+    layout::Tablespaces::map(&choice.backup, &options.tablespace_map)?.check(&options.data_dir, options.force)
 }
 
 fn check_directory(data_dir: &Path, force: bool) -> Result<()> {

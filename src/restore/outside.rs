@@ -44,6 +44,16 @@ pub fn make_directories(contents: &Contents, data_dir: &Path) -> Result<()> {
     Ok(())
 }
 
+/// What `include_dir` names (manual section 20.1.5).
+fn included_directories(text: &str) -> Vec<String> {
+    let value = |line: &str| {
+        let rest = line.trim().strip_prefix("include_dir")?.trim_start_matches([' ', '\t', '=']);
+        let named = rest.strip_prefix('\'')?.split('\'').next()?;
+        Some(named.trim_end_matches('/').to_owned())
+    };
+    text.lines().filter_map(value).collect()
+}
+
 /// Takes the settings that name the old places out of the restored `postgresql.conf`: with them the server would start
 /// in a directory of the machine that is gone. The entry then describes the file as it is.
 pub fn adapt(contents: &mut Contents, data_dir: &Path) -> Result<()> {
@@ -52,6 +62,12 @@ pub fn adapt(contents: &mut Contents, data_dir: &Path) -> Result<()> {
     };
     let path = data_dir.join(MAIN);
     let text = std::fs::read_to_string(&path).on("read", &path)?;
+    // The server does not start when a directory it is to look into is not there; an empty one is not in a backup.
+    for named in included_directories(&text) {
+        if let Ok(directory) = super::layout::inside(data_dir, &named) {
+            disk::create_dir(&directory, 0o700)?;
+        }
+    }
     let settings: Vec<(&str, Option<String>)> = PLACES.iter().map(|name| (*name, None)).collect();
     let adapted = with_settings(&text, &settings);
     disk::durable_write(&path, adapted.as_bytes(), main.mode)?;

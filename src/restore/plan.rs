@@ -1,8 +1,8 @@
 //! Which backup, and whether the target can be reached from it. Pure once the facts are read.
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
 use crate::model::{BackupId, Generation, Lsn, Timeline, Timestamp};
-use crate::repository::manifest::BackupHead;
+use crate::repository::manifest::{BackupHead, Backups};
 use crate::repository::reach::{Coverage, View, Window};
 use crate::repository::{Lineage, Repository, WalIndex, layout};
 use crate::wal::WalFileName;
@@ -15,6 +15,8 @@ pub struct Reachable {
     pub lineage: Lineage,
     pub index: WalIndex,
     pub backups: Vec<BackupHead>,
+    /// What is wrong with backups that cannot be read.
+    pub damaged: Vec<Error>,
     pub timeline: Timeline,
 }
 
@@ -52,7 +54,8 @@ impl Reachable {
             let missing = repository.missing(&layout::wal_file(tip, name));
             return Err(missing.context(format!("WAL of timeline {timeline} cannot be followed")));
         }
-        Ok(Some(Reachable { lineage, index, backups: repository.backups().await?, timeline }))
+        let Backups { sound, damaged } = repository.backups().await?;
+        Ok(Some(Reachable { lineage, index, backups: sound, damaged, timeline }))
     }
 
     /// The same where there must be something.
@@ -112,19 +115,32 @@ pub struct Choice {
     pub timeline: Timeline,
     /// All WAL before this is there.
     pub through: Lsn,
+    /// What is wrong with other backups.
+    pub damaged: Vec<String>,
 }
 
 impl Choice {
     pub fn describe(&self) -> String {
         match &self.located.target {
-            Target::Newest => format!("the newest state, {} on timeline {}", self.through, self.timeline),
+            Target::Newest | Target::BeforeGap => {
+                format!("{}, {} on timeline {}", self.located.target, self.through, self.timeline)
+            }
             other => other.to_string(),
         }
     }
 }
 
 /// Chooses the newest backup from which the target can be reached, or checks the one that was named.
-pub fn choose(reachable: &Reachable, backup: Option<BackupId>, located: &Located) -> Result<Choice> {
+pub fn choose(reachable: Reachable, backup: Option<BackupId>, located: &Located) -> Result<Choice> {
+    let outcome = choose_from(&reachable, backup, located);
+    // Without a sound backup, the damage is what the operator must know.
+    match (outcome, reachable.damaged.into_iter().next()) {
+        (Err(error), Some(damage)) if error.kind() == Kind::NotFound => Err(damage),
+        (outcome, _) => outcome,
+    }
+}
+
+fn choose_from(reachable: &Reachable, backup: Option<BackupId>, located: &Located) -> Result<Choice> {
     let view = reachable.view()?;
     let usable = view.usable(&reachable.backups);
     let tip = reachable.lineage.tip().generation;
@@ -136,11 +152,13 @@ pub fn choose(reachable: &Reachable, backup: Option<BackupId>, located: &Located
     let reaches = |(head, coverage): &&(&BackupHead, Coverage)| {
         located.not_after.is_none_or(|lsn| head.stop_lsn <= lsn)
             && located.not_after_time.is_none_or(|time| head.stopped_at <= time)
-            && located.through.is_none_or(|lsn| coverage.through >= lsn)
+            && located.through.is_none_or(|lsn| coverage.through > lsn || (coverage.through == lsn && !coverage.gap))
     };
     let best = match located.target {
         // A gap may leave an older backup with less WAL behind it: the newest state is the one furthest on.
-        Target::Newest => candidates.filter(reaches).max_by_key(|(head, coverage)| (coverage.through, head.stop_lsn)),
+        Target::Newest | Target::BeforeGap => {
+            candidates.filter(reaches).max_by_key(|(head, coverage)| (coverage.through, head.stop_lsn))
+        }
         _ => candidates.rfind(reaches),
     };
     let (head, coverage) = best.ok_or_else(|| unreachable(&view.windows(&reachable.backups), &located.target))?;
@@ -149,10 +167,7 @@ pub fn choose(reachable: &Reachable, backup: Option<BackupId>, located: &Located
             "the newest state cannot be reached: {} is missing and WAL goes on after it",
             coverage.next
         ))
-        .hint(format!(
-            "bring the object back, or restore to the point before the gap: --to-lsn {}",
-            coverage.through
-        )));
+        .hint("bring the object back, or restore what comes before it into a new directory: perennial restore -D DIR --before-gap"));
     }
     Ok(Choice {
         backup: (*head).clone(),
@@ -161,6 +176,7 @@ pub fn choose(reachable: &Reachable, backup: Option<BackupId>, located: &Located
         oldest: head.generation,
         timeline: reachable.timeline,
         through: coverage.through,
+        damaged: reachable.damaged.iter().map(Error::to_string).collect(),
     })
 }
 

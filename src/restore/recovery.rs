@@ -6,7 +6,7 @@ use std::path::Path;
 use super::Options;
 use super::layout::Tablespaces;
 use super::plan::Choice;
-use super::target::{Action, Target};
+use super::target::Target;
 use crate::disk;
 use crate::error::Result;
 use crate::postgres::conf;
@@ -20,28 +20,28 @@ pub fn settings(choice: &Choice, options: &Options) -> RecoverySettings {
     let value = |wanted: bool, value: String| wanted.then_some(value);
     let (mut time, mut lsn, mut xid, mut name, mut immediate) = (None, None, None, None, None);
     match target {
-        Target::Newest => (),
+        Target::Newest | Target::BeforeGap => (),
         Target::Immediate => immediate = Some("immediate".to_owned()),
         Target::Time(at) => time = Some(at.for_postgres()),
         Target::Lsn(at) => lsn = Some(at.to_string()),
         Target::Xid(at) => xid = Some(at.to_string()),
         Target::Name(at) => name = Some(at.clone()),
     }
-    let targeted = *target != Target::Newest;
+    // Without a target, all are set to nothing rather than taken away: one that was left in postgresql.conf would count
+    // again. With one, PostgreSQL refuses even an empty second, and tells of another itself.
+    let untargeted = matches!(target, Target::Newest | Target::BeforeGap);
+    let or_none = |value: Option<String>| value.or_else(|| untargeted.then(String::new));
     let inclusive = matches!(target, Target::Time(_) | Target::Lsn(_) | Target::Xid(_));
     let mut settings: RecoverySettings = vec![
         ("restore_command", Some(fetch_command(choice, options))),
-        ("recovery_target", immediate),
-        ("recovery_target_time", time),
-        ("recovery_target_lsn", lsn),
-        ("recovery_target_xid", xid),
-        ("recovery_target_name", name),
+        ("recovery_target", or_none(immediate)),
+        ("recovery_target_time", or_none(time)),
+        ("recovery_target_lsn", or_none(lsn)),
+        ("recovery_target_xid", or_none(xid)),
+        ("recovery_target_name", or_none(name)),
         ("recovery_target_inclusive", value(inclusive, choice.located.inclusive.to_string())),
         ("recovery_target_timeline", Some(choice.timeline.to_string())),
-        (
-            "recovery_target_action",
-            value(targeted || options.action != Action::Promote, options.action.setting().to_owned()),
-        ),
+        ("recovery_target_action", Some(options.action.setting().to_owned())),
         ("recovery_end_command", None),
         ("archive_cleanup_command", None),
         ("primary_conninfo", None),
@@ -66,6 +66,9 @@ fn fetch_command(choice: &Choice, options: &Options) -> String {
         format!("--oldest={}", choice.oldest),
         format!("--timeline={}", choice.timeline),
     ]);
+    if choice.located.target == Target::BeforeGap {
+        words.push(format!("--through={}", choice.through));
+    }
     conf::wal_command(&words, &["%f", "%p"])
 }
 

@@ -9,6 +9,8 @@ use crate::model::{Lsn, Timestamp};
 pub enum Target {
     /// The end of WAL.
     Newest,
+    /// The end of the WAL before a gap, when there is one.
+    BeforeGap,
     /// As soon as the backup is consistent.
     Immediate,
     Time(Timestamp),
@@ -22,6 +24,7 @@ impl fmt::Display for Target {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Target::Newest => f.write_str("the newest state"),
+            Target::BeforeGap => f.write_str("the newest state before the gap"),
             Target::Immediate => f.write_str("the end of the backup"),
             Target::Time(time) => write!(f, "{time}"),
             Target::Lsn(lsn) => write!(f, "{lsn}"),

@@ -15,8 +15,15 @@ pub enum Directory {
     Vacant,
     /// A restore that did not finish.
     Unfinished,
-    /// A cluster that this program has run: whose, and, if the archive has WAL that the directory lacks, why.
-    Ours { repository_id: RepositoryId, generation: Generation, writer_id: WriteId, behind: Option<String> },
+    /// A cluster that this program has run: whose; whether every later generation wrote nothing at all; and, if the
+    /// repository has WAL that the directory lacks, why.
+    Ours {
+        repository_id: RepositoryId,
+        generation: Generation,
+        writer_id: WriteId,
+        unwritten_since: bool,
+        behind: Option<String>,
+    },
     /// A cluster without our note: restored by hand (from which generation), or never supervised.
     Unclaimed { system_id: SystemId, origin: Option<Generation> },
     /// Something else.
@@ -37,7 +44,17 @@ pub enum Bucket {
         newest: Claim,
         /// Whether a backup leads to the newest generation.
         restorable: bool,
+        holder: Holder,
     },
+}
+
+/// What is known of the newest generation's writer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Holder {
+    /// It stopped cleanly, was replaced, never opened a log, or has been silent for as long as this machine was told to wait.
+    Gone,
+    /// Its log may grow.
+    MayLive,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -49,6 +66,8 @@ pub struct Facts {
     /// `--init` and `--adopt` were given.
     pub init: bool,
     pub adopt: bool,
+    /// `--discard-diverged`.
+    pub discard: bool,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -71,6 +90,15 @@ pub enum Decision {
     /// Another machine has begun and its first backup is not there yet.
     Wait {
         holder: Claim,
+    },
+    /// Another machine may be the database right now.
+    Spare {
+        holder: Claim,
+    },
+    /// The directory belongs to a history that is not the database's any more, and may be moved away.
+    SetAside {
+        generation: Generation,
+        why: String,
     },
     Refuse(Refusal),
 }
@@ -115,6 +143,14 @@ impl fmt::Display for Decision {
                     holder.claimed_at.short()
                 )
             }
+            Decision::Spare { holder } => write!(
+                f,
+                "waiting as a spare: generation {} (started by {} at {}) may be alive",
+                holder.generation,
+                holder.host,
+                holder.claimed_at.short()
+            ),
+            Decision::SetAside { why, .. } => write!(f, "setting the local directory aside: {why}"),
             Decision::Refuse(refusal) => write!(f, "refused: {}", refusal.why),
         }
     }
@@ -134,6 +170,9 @@ pub fn decide(facts: &Facts) -> Decision {
         ),
         (Directory::Vacant, Bucket::Empty | Bucket::Unused { .. }) if facts.init => Decision::Init,
         (Directory::Vacant | Directory::Unfinished, Bucket::Empty | Bucket::Unused { .. }) => nothing_to_restore(facts),
+        (Directory::Vacant | Directory::Unfinished, Bucket::Used { newest, holder: Holder::MayLive, .. }) => {
+            Decision::Spare { holder: newest.clone() }
+        }
         (Directory::Vacant | Directory::Unfinished, Bucket::Used { newest, restorable: true, .. }) => {
             Decision::Restore { newest: newest.clone() }
         }
@@ -143,7 +182,10 @@ pub fn decide(facts: &Facts) -> Decision {
             format!("{} belongs to repository {repository_id}, which is not the one at {}", facts.data_dir, facts.address),
             "check the address; to protect this cluster in another repository, remove pgsql_tmp_perennial from the directory and add --adopt or --init".to_owned(),
         ),
-        (Directory::Ours { generation, writer_id, behind, .. }, bucket) => ours(facts, *generation, *writer_id, behind.as_deref(), bucket),
+        (Directory::Ours { generation, writer_id, unwritten_since, behind, .. }, bucket) => {
+            let mine = Mine { generation: *generation, writer_id: *writer_id, unwritten_since: *unwritten_since };
+            ours(facts, mine, behind.as_deref(), bucket)
+        }
         (Directory::Unclaimed { system_id, origin }, bucket) => unclaimed(facts, *system_id, *origin, bucket),
     }
 }
@@ -160,7 +202,16 @@ fn nothing_to_restore(facts: &Facts) -> Decision {
     )
 }
 
-fn ours(facts: &Facts, generation: Generation, writer_id: WriteId, behind: Option<&str>, bucket: &Bucket) -> Decision {
+/// Whose the directory is.
+#[derive(Clone, Copy)]
+struct Mine {
+    generation: Generation,
+    writer_id: WriteId,
+    unwritten_since: bool,
+}
+
+fn ours(facts: &Facts, mine: Mine, behind: Option<&str>, bucket: &Bucket) -> Decision {
+    let generation = mine.generation;
     let Bucket::Used { newest, .. } = bucket else {
         return refuse(
             Kind::Damaged,
@@ -168,33 +219,39 @@ fn ours(facts: &Facts, generation: Generation, writer_id: WriteId, behind: Optio
             "bring the objects under generations/ back from a copy or an older version of the bucket".to_owned(),
         );
     };
-    if newest.generation != generation || newest.writer_id != writer_id {
-        return refuse(
-            Kind::Refused,
-            format!(
-                "{} belongs to generation {generation}; since then {} has started generation {} (at {}), which is the database now",
-                facts.data_dir,
-                newest.host,
-                newest.generation,
-                newest.claimed_at.short()
-            ),
-            format!(
-                "to follow it, move the directory aside (mv '{0}' '{0}.old') and start again: the newest state is restored",
-                facts.data_dir
-            ),
+    let is_newest = newest.generation == generation && newest.writer_id == mine.writer_id;
+    // A generation that never wrote passes its parent through.
+    let passes_through = mine.unwritten_since && newest.generation > generation;
+    if !(is_newest || passes_through) {
+        let why = format!(
+            "{} belongs to generation {generation}; since then {} has started generation {} (at {}), which is the database now",
+            facts.data_dir,
+            newest.host,
+            newest.generation,
+            newest.claimed_at.short()
         );
+        return diverged(facts, generation, Kind::Fenced, why);
     }
     match behind {
-        Some(why) => refuse(
-            Kind::Refused,
-            format!("{} is older than what it archived: {why}", facts.data_dir),
-            format!(
-                "the disk went back in time. Move the directory aside (mv '{0}' '{0}.old') and start again: the newest state is restored",
-                facts.data_dir
-            ),
-        ),
+        Some(why) => {
+            let why = format!("{} is older than what it wrote to the repository: {why}", facts.data_dir);
+            diverged(facts, generation, Kind::Refused, why)
+        }
         None => Decision::Resume { newest: newest.clone() },
     }
+}
+
+/// A directory whose history is not the database's any more: kept, and only set aside when that was asked for.
+pub fn diverged(facts: &Facts, generation: Generation, kind: Kind, why: String) -> Decision {
+    if facts.discard {
+        return Decision::SetAside { generation, why };
+    }
+    refuse(
+        kind,
+        why,
+        "to follow the repository, add --discard-diverged: the directory is renamed and the newest state restored"
+            .to_owned(),
+    )
 }
 
 fn unclaimed(facts: &Facts, system_id: SystemId, origin: Option<Generation>, bucket: &Bucket) -> Decision {
@@ -289,7 +346,7 @@ mod tests {
     }
 
     fn used(newest: u32, restorable: bool) -> Bucket {
-        Bucket::Used { repository_id: REPOSITORY, newest: claim(newest), restorable }
+        Bucket::Used { repository_id: REPOSITORY, newest: claim(newest), restorable, holder: Holder::Gone }
     }
 
     fn ours(generation: u32) -> Directory {
@@ -297,6 +354,7 @@ mod tests {
             repository_id: REPOSITORY,
             generation: Generation(generation),
             writer_id: WriteId([generation as u8; 16]),
+            unwritten_since: false,
             behind: None,
         }
     }
@@ -309,6 +367,7 @@ mod tests {
             bucket,
             init: flags.contains("init"),
             adopt: flags.contains("adopt"),
+            discard: flags.contains("discard"),
         })
     }
 
@@ -341,12 +400,35 @@ mod tests {
     fn a_directory_goes_on_only_as_the_newest_generation() {
         assert_eq!(decided(ours(3), used(3, true), ""), Decision::Resume { newest: claim(3) });
         assert_eq!(decided(ours(3), used(3, false), ""), Decision::Resume { newest: claim(3) });
-        assert!(is_refused(&decided(ours(2), used(3, true), "init adopt"), Kind::Refused));
+        assert!(is_refused(&decided(ours(2), used(3, true), "init adopt"), Kind::Fenced));
+        assert!(matches!(decided(ours(2), used(3, true), "discard"), Decision::SetAside { .. }));
         // The same number, claimed by somebody else.
         let mut rival = claim(3);
         rival.writer_id = WriteId([9; 16]);
-        let bucket = Bucket::Used { repository_id: REPOSITORY, newest: rival, restorable: true };
-        assert!(is_refused(&decided(ours(3), bucket, ""), Kind::Refused));
+        let bucket = Bucket::Used { repository_id: REPOSITORY, newest: rival, restorable: true, holder: Holder::Gone };
+        assert!(is_refused(&decided(ours(3), bucket, ""), Kind::Fenced));
+    }
+
+    #[test]
+    fn a_claimant_that_never_wrote_takes_nothing_from_anybody() {
+        let mut directory = ours(2);
+        if let Directory::Ours { unwritten_since, .. } = &mut directory {
+            *unwritten_since = true;
+        }
+        assert_eq!(decided(directory, used(4, true), ""), Decision::Resume { newest: claim(4) });
+    }
+
+    #[test]
+    fn a_spare_waits_while_the_writer_may_live_and_an_own_directory_does_not() {
+        let living =
+            || Bucket::Used { repository_id: REPOSITORY, newest: claim(3), restorable: true, holder: Holder::MayLive };
+        assert_eq!(decided(Directory::Vacant, living(), "init"), Decision::Spare { holder: claim(3) });
+        assert_eq!(decided(Directory::Unfinished, living(), ""), Decision::Spare { holder: claim(3) });
+        assert_eq!(
+            decided(ours(3), living(), ""),
+            Decision::Resume { newest: claim(3) },
+            "the writer was this machine"
+        );
     }
 
     #[test]
@@ -355,6 +437,7 @@ mod tests {
             repository_id: REPOSITORY,
             generation: Generation(3),
             writer_id: WriteId([3; 16]),
+            unwritten_since: false,
             behind: Some("…".to_owned()),
         };
         assert!(is_refused(&decided(directory, used(3, true), "adopt"), Kind::Refused));
@@ -362,7 +445,7 @@ mod tests {
 
     #[test]
     fn a_directory_is_never_mixed_into_another_repository() {
-        let foreign = Bucket::Used { repository_id: OTHER, newest: claim(3), restorable: true };
+        let foreign = Bucket::Used { repository_id: OTHER, newest: claim(3), restorable: true, holder: Holder::Gone };
         assert!(is_refused(&decided(ours(3), foreign, "init adopt"), Kind::Refused));
         assert!(is_refused(&decided(ours(3), Bucket::Empty, "init adopt"), Kind::Refused));
         assert!(is_refused(&decided(ours(3), Bucket::Unused { repository_id: REPOSITORY }, "init"), Kind::Damaged));

@@ -2,24 +2,46 @@
 
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use super::Options;
-use super::boot::{Bucket, Directory, Facts};
+use super::boot::{Bucket, Directory, Facts, Holder};
 use crate::archive::claim::read_origin;
 use crate::clock::Clock;
 use crate::error::Result;
+use crate::model::Generation;
 use crate::postgres::control_file::State;
 use crate::postgres::data_dir::{OWN_DIR, RESTORE_MARKER};
 use crate::postgres::{ControlFile, PostmasterFile, is_vacant, version_of};
-use crate::repository::{Claim, Found, Repository, Writer};
+use crate::repository::log::LogView;
+use crate::repository::{Claim, Found, Repository, WalPlace, WalSource, Writer, layout};
 use crate::restore::Reachable;
 use crate::storage::Store;
 use crate::wal::{SegmentName, WalFileName};
+
+/// What this machine has seen of the newest generation's log while it waited, by its own clock only.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Watched {
+    seen: Option<(Generation, u64)>,
+    since: Duration,
+}
+
+impl Watched {
+    /// Whether the log has been as it is for `patience`.
+    fn is_silent(&mut self, view: &LogView, now: Duration, patience: Duration) -> bool {
+        let seen = Some((view.generation, view.next));
+        if self.seen != seen {
+            *self = Watched { seen, since: now };
+        }
+        now.saturating_sub(self.since) >= patience
+    }
+}
 
 pub(super) async fn gather(
     store: Arc<dyn Store>,
     options: &Options,
     clock: &Clock,
+    watched: &mut Watched,
 ) -> Result<(Option<Repository>, Facts)> {
     let address = store.url("").trim_end_matches('/').to_owned();
     let repository = match Repository::find(store, clock).await? {
@@ -27,10 +49,14 @@ pub(super) async fn gather(
         Found::Empty => None,
     };
     let bucket = match &repository {
-        Some(repository) => look_into(repository).await?,
+        Some(repository) => look_into(repository, options, watched).await?,
         None => Bucket::Empty,
     };
-    let directory = look_at(&options.data_dir, repository.as_ref()).await?;
+    let newest = match &bucket {
+        Bucket::Used { newest, .. } => Some(newest),
+        _ => None,
+    };
+    let directory = look_at(&options.data_dir, repository.as_ref(), newest).await?;
     let facts = Facts {
         data_dir: options.data_dir.display().to_string(),
         address,
@@ -38,16 +64,21 @@ pub(super) async fn gather(
         bucket,
         init: options.init,
         adopt: options.adopt,
+        discard: options.discard_diverged,
     };
     Ok((repository, facts))
 }
 
-async fn look_into(repository: &Repository) -> Result<Bucket> {
+async fn look_into(repository: &Repository, options: &Options, watched: &mut Watched) -> Result<Bucket> {
     let repository_id = repository.descriptor().repository_id;
     let Some(newest) = repository.newest_generation().await? else { return Ok(Bucket::Unused { repository_id }) };
     let newest = repository.claim(newest).await?;
+    let view = repository.log(newest.generation).await?;
+    let now = repository.clock().monotonic();
+    let gone = view.seal.is_some() || view.end().is_none() || watched.is_silent(&view, now, options.takeover_after);
+    let holder = if gone { Holder::Gone } else { Holder::MayLive };
     let restorable = is_restorable(repository, &newest).await?;
-    Ok(Bucket::Used { repository_id, newest, restorable })
+    Ok(Bucket::Used { repository_id, newest, restorable, holder })
 }
 
 async fn is_restorable(repository: &Repository, newest: &Claim) -> Result<bool> {
@@ -57,7 +88,7 @@ async fn is_restorable(repository: &Repository, newest: &Claim) -> Result<bool> 
     }
 }
 
-async fn look_at(data_dir: &Path, repository: Option<&Repository>) -> Result<Directory> {
+async fn look_at(data_dir: &Path, repository: Option<&Repository>, newest: Option<&Claim>) -> Result<Directory> {
     if is_vacant(data_dir)? {
         return Ok(Directory::Vacant);
     }
@@ -72,20 +103,54 @@ async fn look_at(data_dir: &Path, repository: Option<&Repository>) -> Result<Dir
     }
     let control = ControlFile::read(data_dir, version_of(data_dir)?)?;
     let own_dir = data_dir.join(OWN_DIR);
+    finish_claim(&own_dir, repository, newest)?;
     let Some(writer) = Writer::load(&own_dir)? else {
-        return Ok(Directory::Unclaimed { system_id: control.system_id, origin: read_origin(&own_dir)? });
+        let origin = match repository {
+            Some(repository) => read_origin(&own_dir, repository.descriptor().repository_id)?,
+            None => None,
+        };
+        return Ok(Directory::Unclaimed { system_id: control.system_id, origin });
     };
     let same = repository.filter(|repository| repository.descriptor().repository_id == writer.descriptor.repository_id);
-    let behind = match same {
-        Some(repository) => behind(repository, data_dir, &control, &writer).await?,
-        None => None,
-    };
+    let (mut behind_why, mut unwritten_since) = (None, false);
+    if let Some(repository) = same {
+        behind_why = behind(repository, data_dir, &control, &writer).await?;
+        unwritten_since = nothing_written_since(repository, writer.claim.generation, newest).await?;
+    }
     Ok(Directory::Ours {
         repository_id: writer.descriptor.repository_id,
         generation: writer.claim.generation,
         writer_id: writer.claim.writer_id,
-        behind,
+        unwritten_since,
+        behind: behind_why,
     })
+}
+
+/// A claim whose success the last start did not live to see is ours all the same.
+fn finish_claim(own_dir: &Path, repository: Option<&Repository>, newest: Option<&Claim>) -> Result<()> {
+    let (Some(repository), Some(newest), Some(claiming)) = (repository, newest, Writer::claiming(own_dir)?) else {
+        return Ok(());
+    };
+    if newest.writer_id == claiming { Writer::new(repository, newest.clone()).save(own_dir) } else { Ok(()) }
+}
+
+/// Whether every generation after `generation` has claimed and done nothing else.
+async fn nothing_written_since(
+    repository: &Repository,
+    generation: Generation,
+    newest: Option<&Claim>,
+) -> Result<bool> {
+    let newest = newest.map_or(generation, |newest| newest.generation);
+    for later in (generation.0 + 1..=newest.0).map(Generation) {
+        let claim = repository.claim(later).await?;
+        let child = claim.parent.is_some_and(|parent| parent >= generation);
+        let archived = repository.store().list_level(&layout::wal_dir(later)).await?;
+        let wrote = !(archived.directories.is_empty() && archived.entries.is_empty());
+        if !child || wrote || repository.log(later).await?.end().is_some() {
+            return Ok(false);
+        }
+    }
+    Ok(true)
 }
 
 /// Whether the archive has WAL of this generation that the directory does not continue: then its disk was put back.
@@ -105,10 +170,13 @@ async fn behind(
     let lineage = repository.lineage(generation, Some(generation)).await?;
     let index = repository.wal_index(&lineage).await?;
     let Some(timeline) = index.newest_timeline() else { return Ok(None) };
-    if timeline > control.timeline {
-        return Ok(Some(format!("the archive is on timeline {timeline}, the directory on {}", control.timeline)));
+    let local = control.newest_timeline();
+    if timeline > local {
+        return Ok(Some(format!("the repository is on timeline {timeline}, the directory on {local}")));
     }
-    let Some((number, _)) = index.segments(timeline).next_back().filter(|_| timeline == control.timeline) else {
+    // The log is compared once it is sealed.
+    let whole = |(_, place): &(u64, WalPlace)| matches!(place.source, WalSource::Object { .. });
+    let Some((number, _)) = index.segments(timeline).rev().find(whole).filter(|_| timeline == local) else {
         return Ok(None);
     };
     let size = control.segment_size;

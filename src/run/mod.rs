@@ -5,21 +5,25 @@ mod facts;
 mod metadata;
 mod schedule;
 mod server;
+mod streaming;
 mod supervisor;
+mod telling;
 
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::archive::claim::{forget_origin, push_history};
+use crate::archive::claim::forget_origin;
 use crate::archive::push::Pusher;
+use crate::archive::resume;
 use crate::clock::Clock;
 use crate::disk;
 use crate::error::{Error, Result};
 use crate::events::{Event, Events};
-use crate::model::Generation;
+use crate::model::{Generation, WriteId};
 use crate::postgres::data_dir::OWN_DIR;
 use crate::postgres::{ConnectOptions, ControlFile, Install, version_of};
+use crate::repository::log::{Checks, LogView, Position, Sealer};
 use crate::repository::{Claim, Codec, NewWriter, Repository, Writer};
 use crate::restore::{self, Action, Target};
 use crate::storage::Store;
@@ -27,6 +31,7 @@ use crate::storage::Store;
 use boot::Decision;
 
 pub use metadata::address_from_metadata;
+pub use telling::socket_path;
 
 #[derive(Debug, Clone)]
 pub struct Options {
@@ -35,11 +40,21 @@ pub struct Options {
     pub init: bool,
     /// Go on from a directory that was restored by hand, or was never supervised.
     pub adopt: bool,
+    /// Set a directory aside whose WAL the repository does not continue.
+    pub discard_diverged: bool,
     pub codec: Codec,
+    /// How the server's WAL is streamed.
     pub rpo: Duration,
-    /// How long to wait for another machine's first backup.
+    pub linger: Duration,
+    pub in_flight: usize,
+    pub heartbeat: Duration,
+    /// How long another machine must be silent before it is replaced, and how long to wait for its first backup.
     pub takeover_after: Duration,
+    /// How long a stop may take.
+    pub grace: Duration,
     pub backup_every: Duration,
+    /// Address and port on which readiness, status and metrics are told.
+    pub http: Option<String>,
     pub postgres_options: Vec<String>,
     pub initdb_options: Vec<String>,
     pub pg_bindir: Option<PathBuf>,
@@ -48,58 +63,81 @@ pub struct Options {
     pub connect: ConnectOptions,
     /// This machine's name, noted in claims for people.
     pub host: String,
-    /// Words of the commands PostgreSQL calls back: program, `wal push` or `wal fetch`, repository.
-    pub push_command: Vec<String>,
+    /// Words of the command with which PostgreSQL calls back: program, `wal fetch`, repository.
     pub fetch_command: Vec<String>,
 }
 
 /// Decisions are taken anew this many times when another machine was faster.
 const DECISIONS_MAX: u32 = 10;
 
-/// How often a waiting machine looks again.
-const WAIT_STEP: Duration = Duration::from_secs(2);
+/// How often a waiting machine looks again, at least and at most.
+const LOOK_LEAST: Duration = Duration::from_millis(200);
+const LOOK_MOST: Duration = Duration::from_secs(5);
+
+/// Where the log of a new generation begins.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Start {
+    /// With what the server writes from now on; a base backup comes next.
+    Now,
+    /// Where recovery left its ancestor.
+    Fork,
+    /// Where the log of the same disk's last life ended.
+    Continue(Position),
+}
+
+/// A directory that is ours to start.
+struct Taken {
+    writer: Writer,
+    start: Start,
+}
 
 /// Runs until the server has ended; returns its exit code.
 pub async fn run(store: Arc<dyn Store>, options: &Options, clock: &Clock, events: &Events) -> Result<i32> {
-    let writer = take_over(Arc::clone(&store), options, clock, events).await?;
+    let _lock = restore::lock(&options.data_dir)?;
+    let taken = take_over(Arc::clone(&store), options, clock, events).await?;
+    let Taken { writer, start } = taken;
     let repository = writer.repository(store, clock);
     let pusher = Pusher { repository, writer, data_dir: options.data_dir.clone(), events: events.clone() };
-    supervisor::supervise(options, &pusher, events).await
+    supervisor::supervise(options, &pusher, start, events).await
 }
 
 /// Decides, claims and prepares until the data directory is this machine's to start.
-async fn take_over(store: Arc<dyn Store>, options: &Options, clock: &Clock, events: &Events) -> Result<Writer> {
+async fn take_over(store: Arc<dyn Store>, options: &Options, clock: &Clock, events: &Events) -> Result<Taken> {
     let began = clock.monotonic();
-    let mut lost = 0;
-    let mut told = false;
+    let (mut lost, mut told) = (0, None);
+    let mut watched = facts::Watched::default();
     while lost < DECISIONS_MAX {
-        let (found, facts) = facts::gather(Arc::clone(&store), options, clock).await?;
+        let (found, facts) = facts::gather(Arc::clone(&store), options, clock, &mut watched).await?;
         let decision = boot::decide(&facts);
-        if !(told && matches!(decision, Decision::Wait { .. })) {
+        if told.as_ref() != Some(&decision) {
             events.emit(Event::Decided { decision: decision.to_string() });
+            told = Some(decision.clone());
         }
-        let machine = Machine { store: Arc::clone(&store), options, clock, events };
-        let writer = match decision {
+        let machine = Machine { store: Arc::clone(&store), options, clock, events, facts: &facts };
+        let taken = match decision {
             Decision::Refuse(refusal) => return Err(refusal.into()),
+            Decision::Spare { .. } => {
+                clock.sleep((options.takeover_after / 10).clamp(LOOK_LEAST, LOOK_MOST)).await;
+                continue;
+            }
             Decision::Wait { holder } => {
                 if clock.monotonic() - began > options.takeover_after {
                     return Err(boot::gave_up_waiting(&holder).into());
                 }
-                told = true;
-                clock.sleep(WAIT_STEP).await;
+                clock.sleep(LOOK_LEAST * 5).await;
+                continue;
+            }
+            Decision::SetAside { generation, .. } => {
+                machine.set_aside(generation)?;
                 continue;
             }
             Decision::Init => machine.init().await?,
             Decision::Restore { newest } => machine.restore(found, newest).await?,
-            Decision::Resume { newest } => {
-                machine.go_on(found, Some(newest.generation), Some(newest.generation)).await?
-            }
-            Decision::Adopt { newest, parent } => {
-                machine.go_on(found, newest.map(|claim| claim.generation), parent).await?
-            }
+            Decision::Resume { newest } => machine.resume(found, newest).await?,
+            Decision::Adopt { newest, parent } => machine.adopt(found, newest, parent).await?,
         };
-        match writer {
-            Some(writer) => return Ok(writer),
+        match taken {
+            Some(taken) => return Ok(taken),
             None => lost += 1,
         }
     }
@@ -113,17 +151,17 @@ struct Machine<'a> {
     options: &'a Options,
     clock: &'a Clock,
     events: &'a Events,
+    facts: &'a boot::Facts,
 }
 
 impl Machine<'_> {
-    async fn init(&self) -> Result<Option<Writer>> {
+    async fn init(&self) -> Result<Option<Taken>> {
         let (repository, _) = Repository::init(Arc::clone(&self.store), self.options.codec, self.clock).await?;
         let data_dir = &self.options.data_dir;
         let install = self.install(None)?;
-        disk::create_dir(data_dir, 0o700)?;
         install.initdb(data_dir, &self.options.initdb_options)?;
         match self.claim_directory(&repository, None, None).await? {
-            Some(writer) => Ok(Some(writer)),
+            Some(writer) => Ok(Some(Taken { writer, start: Start::Now })),
             // Another machine's cluster is the database now; ours holds nothing yet.
             None => {
                 restore::discard(data_dir)?;
@@ -132,52 +170,89 @@ impl Machine<'_> {
         }
     }
 
-    async fn restore(&self, repository: Option<Repository>, newest: Claim) -> Result<Option<Writer>> {
+    async fn restore(&self, repository: Option<Repository>, newest: Claim) -> Result<Option<Taken>> {
         let repository = known(repository)?;
-        let new = NewWriter {
-            system_id: newest.system_id,
-            pg_major: newest.pg_major,
-            segment_size: newest.segment_size,
-            host: self.options.host.clone(),
-        };
-        // Found before the claim: a machine that cannot run the server must not take it from one that can.
-        self.install(Some(newest.pg_major))?;
-        let Some(claim) = repository.try_claim(Some(newest.generation), Some(newest.generation), &new).await? else {
-            return Ok(None);
-        };
-        self.tell(&claim);
-        let writer = Writer::new(&repository, claim);
-        let restore = restore::Options {
+        let mut restore = restore::Options {
             data_dir: self.options.data_dir.clone(),
             backup: None,
             target: Target::Newest,
             inclusive: true,
             action: Action::Promote,
-            generation: Some(writer.claim.generation),
+            generation: Some(newest.generation),
             timeline: None,
             tablespace_map: std::collections::BTreeMap::new(),
             force: false,
             keep_archiving: true,
             fetch_command: self.options.fetch_command.clone(),
-            writer: Some(writer.clone()),
+            writer: None,
         };
+        // Before the claim: a machine that cannot be the database must not take it from one that can.
+        self.install(Some(newest.pg_major))?;
+        restore::check(&repository, &restore).await?;
+        let new = NewWriter {
+            writer_id: WriteId(self.clock.random()),
+            system_id: newest.system_id,
+            pg_major: newest.pg_major,
+            segment_size: newest.segment_size,
+            host: self.options.host.clone(),
+        };
+        let Some(claim) = repository.try_claim(Some(newest.generation), Some(newest.generation), &new).await? else {
+            return Ok(None);
+        };
+        self.tell(&claim);
+        self.seal_older(&repository, claim.generation).await?;
+        restore.generation = Some(claim.generation);
+        let writer = Writer::new(&repository, claim);
+        restore.writer = Some(writer.clone());
         restore::run(&repository, &restore, self.events).await?;
-        Ok(Some(writer))
+        Ok(Some(Taken { writer, start: Start::Fork }))
     }
 
-    /// Claims for the directory as it is.
-    async fn go_on(
+    /// Goes on with this machine's own directory, if its WAL continues what is in the repository.
+    async fn resume(&self, repository: Option<Repository>, newest: Claim) -> Result<Option<Taken>> {
+        let repository = known(repository)?;
+        let data_dir = &self.options.data_dir;
+        self.install(Some(version_of(data_dir)?.major))?;
+        let claimed = self.claim_directory(&repository, Some(newest.generation), Some(newest.generation)).await?;
+        let Some(writer) = claimed else { return Ok(None) };
+        let sealed = self.seal_older(&repository, writer.claim.generation).await?;
+        let Some(last) = sealed.into_iter().find(|view| view.end().is_some()) else {
+            return Ok(Some(Taken { writer, start: Start::Now }));
+        };
+        let in_recovery = data_dir.join("recovery.signal").is_file();
+        if in_recovery {
+            // It has not written yet: it still follows the repository.
+            return Ok(Some(Taken { writer, start: Start::Fork }));
+        }
+        if let Some(why) = resume::diverges(&repository, &last, data_dir).await? {
+            let why = format!("{} does not continue the repository: {why}", data_dir.display());
+            let Decision::Refuse(refusal) =
+                boot::diverged(self.facts, writer.claim.generation, crate::error::Kind::Refused, why)
+            else {
+                self.set_aside(writer.claim.generation)?;
+                return Ok(None);
+            };
+            return Err(refusal.into());
+        }
+        let start = last.end().map_or(Start::Now, Start::Continue);
+        Ok(Some(Taken { writer, start }))
+    }
+
+    async fn adopt(
         &self,
         repository: Option<Repository>,
-        newest: Option<Generation>,
+        newest: Option<Claim>,
         parent: Option<Generation>,
-    ) -> Result<Option<Writer>> {
+    ) -> Result<Option<Taken>> {
         let repository = match repository {
             Some(repository) => repository,
             None => Repository::init(Arc::clone(&self.store), self.options.codec, self.clock).await?.0,
         };
         self.install(Some(version_of(&self.options.data_dir)?.major))?;
-        self.claim_directory(&repository, newest, parent).await
+        let newest = newest.map(|claim| claim.generation);
+        let Some(writer) = self.claim_directory(&repository, newest, parent).await? else { return Ok(None) };
+        self.seal_older(&repository, writer.claim.generation).await?;
+        Ok(Some(Taken { writer, start: Start::Now }))
     }
 
     async fn claim_directory(
@@ -188,20 +263,39 @@ impl Machine<'_> {
     ) -> Result<Option<Writer>> {
         let version = version_of(&self.options.data_dir)?;
         let control = ControlFile::read(&self.options.data_dir, version)?;
+        let own_dir = self.options.data_dir.join(OWN_DIR);
         let new = NewWriter {
+            writer_id: WriteId(self.clock.random()),
             system_id: control.system_id,
             pg_major: version.major,
             segment_size: control.segment_size,
             host: self.options.host.clone(),
         };
+        Writer::note_claiming(&own_dir, new.writer_id)?;
         let Some(claim) = repository.try_claim(newest, parent, &new).await? else { return Ok(None) };
         self.tell(&claim);
         let writer = Writer::new(repository, claim);
-        push_history(repository, &writer, &self.options.data_dir, self.events).await?;
-        let own_dir = self.options.data_dir.join(OWN_DIR);
         writer.save(&own_dir)?;
         forget_origin(&own_dir)?;
         Ok(Some(writer))
+    }
+
+    /// From here on no older writer can have anything acknowledged.
+    async fn seal_older(&self, repository: &Repository, generation: Generation) -> Result<Vec<LogView>> {
+        Sealer { generation, checks: Checks::ALL }.seal_older(repository).await
+    }
+
+    /// Moves the directory away, under a name that says what it was.
+    fn set_aside(&self, generation: Generation) -> Result<()> {
+        let data_dir = &self.options.data_dir;
+        let mut name = data_dir.file_name().unwrap_or_default().to_os_string();
+        let stamp = self.clock.now().unix_micros() / 1_000_000;
+        name.push(format!(".diverged-{generation}-{stamp}"));
+        let aside = data_dir.with_file_name(name);
+        disk::durable_rename(data_dir, &aside)
+            .map_err(|e| e.hint("a mount point cannot be renamed: move what is in it yourself"))?;
+        self.events.warning(format!("{} is now {}", data_dir.display(), aside.display()));
+        disk::create_dir(data_dir, 0o700)
     }
 
     fn install(&self, major: Option<u32>) -> Result<Install> {

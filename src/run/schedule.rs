@@ -4,10 +4,11 @@ use std::time::Duration;
 
 use crate::archive::push::Pusher;
 use crate::backup;
-use crate::error::Result;
+use crate::error::{Kind, Result};
 use crate::events::{Event, Events};
-use crate::model::Timestamp;
+use crate::model::{BackupId, Timestamp};
 use crate::restore::Reachable;
+use crate::status::Board;
 
 use super::Options;
 
@@ -25,14 +26,23 @@ pub fn until_due(last: Option<Timestamp>, now: Timestamp, every: Duration) -> Du
     }
 }
 
-/// Takes backups for as long as the server runs.
-pub(super) async fn backups(options: &Options, pusher: &Pusher, events: &Events) {
+/// Takes backups for as long as the server runs; ends only when another machine has taken over. `at_once`: the history
+/// begins anew here, whatever backups there are of what came before.
+pub(super) async fn backups(
+    options: &Options,
+    pusher: &Pusher,
+    mut at_once: bool,
+    (events, board): (&Events, &Board),
+) -> Result<()> {
     let clock = pusher.repository.clock();
     let mut retry = FIRST_RETRY;
     loop {
-        let outcome = next(options, pusher, events).await;
-        match outcome {
-            Ok(()) => retry = FIRST_RETRY,
+        match next(options, pusher, at_once, events).await {
+            Ok(id) => {
+                (at_once, retry) = (false, FIRST_RETRY);
+                board.backup(id.to_string());
+            }
+            Err(error) if error.kind() == Kind::Fenced => return Err(error),
             Err(error) => {
                 events.emit(Event::BackupFailed { error: error.to_string(), next_try: retry });
                 clock.sleep(retry).await;
@@ -42,9 +52,9 @@ pub(super) async fn backups(options: &Options, pusher: &Pusher, events: &Events)
     }
 }
 
-async fn next(options: &Options, pusher: &Pusher, events: &Events) -> Result<()> {
+async fn next(options: &Options, pusher: &Pusher, at_once: bool, events: &Events) -> Result<BackupId> {
     let repository = &pusher.repository;
-    let last = last_backup(pusher).await?;
+    let last = if at_once { None } else { last_backup(pusher).await? };
     repository.clock().sleep(until_due(last, repository.clock().now(), options.backup_every)).await;
     let backup = backup::Options {
         data_dir: options.data_dir.clone(),
@@ -55,15 +65,15 @@ async fn next(options: &Options, pusher: &Pusher, events: &Events) -> Result<()>
         fail_on_damage: false,
         wal_timeout: Duration::from_secs(3600),
     };
-    backup::run(repository, &backup, events).await.map(drop)
+    backup::run(repository, &backup, events).await.map(|done| done.head.backup_id)
 }
 
-/// When the newest backup that leads to this generation ended.
+/// When the newest backup ended from which everything up to now can be reached.
 async fn last_backup(pusher: &Pusher) -> Result<Option<Timestamp>> {
     let found = Reachable::find(&pusher.repository, Some(pusher.writer.claim.generation), None).await?;
     let Some(reachable) = found else { return Ok(None) };
-    let newest = reachable.view()?.usable(&reachable.backups).last().map(|(head, _)| head.stopped_at);
-    Ok(newest)
+    let usable = reachable.view()?.usable(&reachable.backups);
+    Ok(usable.iter().rev().find(|(_, coverage)| !coverage.gap).map(|(head, _)| head.stopped_at))
 }
 
 #[cfg(test)]

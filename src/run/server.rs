@@ -7,38 +7,65 @@ use std::time::Duration;
 use super::Options;
 use crate::clock::Clock;
 use crate::error::{Error, Result};
-use crate::postgres::conf::wal_command;
 use crate::postgres::process::ServerCommand;
-use crate::postgres::{Install, Postmaster, PostmasterFile, ServerStatus};
+use crate::postgres::replication::SLOT;
+use crate::postgres::{ControlFile, Install, Postmaster, PostmasterFile, ServerStatus, Version};
 
 /// How often the server's state is looked at while it starts. Its state file is a local read.
 const LOOK: Duration = Duration::from_millis(50);
 
+/// Whom the server serves.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Stage<'a> {
+    /// Nobody but us, on a socket in this directory: it recovers, and its log is opened.
+    Private(&'a Path),
+    /// Everybody.
+    Public,
+}
+
 /// The operator's options come first: those that protect the database are ours, and the last one counts.
-pub(super) fn command(options: &Options, install: &Install) -> Result<ServerCommand> {
+pub(super) fn command(options: &Options, install: &Install, stage: Stage<'_>) -> Result<ServerCommand> {
     let data_dir = std::fs::canonicalize(&options.data_dir)
         .map_err(|e| Error::local(format!("could not resolve {}", options.data_dir.display()), e))?;
-    let wal_level = install.configured(&data_dir, &options.postgres_options, "wal_level")?;
-    if wal_level == "minimal" {
+    let configured = |name: &str| install.configured(&data_dir, &options.postgres_options, name);
+    if configured("wal_level")? == "minimal" {
         return Err(Error::refused("wal_level is minimal: such WAL cannot be archived")
             .hint("set wal_level = replica (the default) in postgresql.conf"));
     }
+    let mut settings: Vec<String> = Vec::new();
+    if options.rpo.is_zero() {
+        settings.push(match stage {
+            Stage::Private(_) => "synchronous_standby_names=".to_owned(),
+            Stage::Public => format!("synchronous_standby_names={SLOT}"),
+        });
+    }
+    if let Stage::Private(directory) = stage {
+        settings.extend(["listen_addresses=".to_owned(), format!("unix_socket_directories={}", directory.display())]);
+        if is_recovering(&data_dir) {
+            // Nobody may read a state that is not the newest yet; and the state file then tells the end of recovery.
+            // A directory that was restored to be looked at (`--action pause`) becomes the database now.
+            settings.extend(["hot_standby=off".to_owned(), "recovery_target_action=promote".to_owned()]);
+            settings.extend(raised(&data_dir, install.version, configured)?);
+        }
+    }
     let mut arguments: Vec<OsString> = vec!["-D".into(), data_dir.clone().into()];
     arguments.extend(options.postgres_options.iter().map(OsString::from));
-    let timeout = options.rpo.as_secs().max(1);
-    let mut settings = vec![
-        "archive_mode=on".to_owned(),
-        format!("archive_command={}", wal_command(&options.push_command, &["%p"])),
-        format!("archive_timeout={timeout}"),
-    ];
-    if is_recovering(&data_dir) {
-        // Nobody may read a state that is not the newest yet; and the state file then tells the end of recovery.
-        settings.push("hot_standby=off".to_owned());
-    }
     for setting in settings {
         arguments.extend(["-c".into(), setting.into()]);
     }
     Ok(ServerCommand { program: install.program("postgres"), arguments, directory: data_dir })
+}
+
+/// Parameters that recovery needs as high as they were on the machine that wrote the WAL (manual section 27.4.3); this
+/// machine may be smaller, and need not be as large once it is out of recovery.
+fn raised(data_dir: &Path, version: Version, configured: impl Fn(&str) -> Result<String>) -> Result<Vec<String>> {
+    let mut raised = Vec::new();
+    for (name, least) in ControlFile::read(data_dir, version)?.least {
+        if configured(name)?.parse().is_ok_and(|here: u32| here < least) {
+            raised.push(format!("{name}={least}"));
+        }
+    }
+    Ok(raised)
 }
 
 /// Whether the next start begins with archive recovery.

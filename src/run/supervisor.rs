@@ -1,138 +1,333 @@
-//! The server's life under our care: start, watch, back up, stop, and bring the last WAL in.
+//! The server's life under our care, in two stages: alone with us until its log is open and everything it has is in it,
+//! then for everybody; and down again with the last byte.
 
+use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::process::ExitStatusExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitStatus;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
-use super::{Options, schedule, server};
+use super::server::{self, Stage};
+use super::streaming::Streaming;
+use super::{Options, Start, schedule, telling};
 use crate::archive::push::Pusher;
-use crate::error::{Error, IoContext, Result};
+use crate::archive::stream::{Order, catch_up, watch_lag};
+use crate::clock::Clock;
+use crate::error::{Error, IoContext, Kind, Result};
 use crate::events::{Event, Events};
+use crate::model::Lsn;
+use crate::postgres::control_file::State;
 use crate::postgres::process::Stop;
 use crate::postgres::{ControlFile, Install, Postmaster, version_of};
+use crate::repository::log::Appender;
+use crate::status::Board;
+use crate::wal::{SegmentName, record_end};
 
-/// How often the archive's lag is looked at, and the least age of a waiting segment that is worth a warning.
-const WATCH: Duration = Duration::from_secs(10);
-const LAG_LEAST: Duration = Duration::from_secs(60);
+/// Time of the grace period that is kept for what comes after the server's end.
+const LAST_WORDS: Duration = Duration::from_secs(2);
 
-pub(super) async fn supervise(options: &Options, pusher: &Pusher, events: &Events) -> Result<i32> {
+/// The least age of WAL that is not durable that is worth an alarm.
+const LAG_LEAST: Duration = Duration::from_secs(5);
+
+pub(super) async fn supervise(options: &Options, pusher: &Pusher, start: Start, events: &Events) -> Result<i32> {
     let version = version_of(&options.data_dir)?;
     let install = Install::find(options.pg_bindir.as_deref(), options.search_path.as_deref(), Some(version.major))?;
-    let command = server::command(options, &install)?;
-    let mut signals = Signals::new()?;
-    events.emit(Event::ServerStarting {
-        command: format!("{} -D {}", command.program.display(), options.data_dir.display()),
-    });
-    let mut server = Postmaster::start(&command)?;
-    let running = server.clone();
-    let care = care(options, pusher, &running, events);
-    let status = {
+    let mut keeper = Keeper {
+        options,
+        pusher,
+        start,
+        events,
+        clock: pusher.repository.clock().clone(),
+        install,
+        signals: Signals::new()?,
+        streaming: None,
+        deadline: None,
+        board: Board::new(
+            pusher.repository.clock().clone(),
+            pusher.writer.claim.generation,
+            pusher.repository.address(),
+            options.rpo,
+        ),
+    };
+    let _told = telling::tell(options, &keeper.board, events)?;
+    let private = PrivateDir::new(&keeper.clock)?;
+    let first = keeper.stage(Stage::Private(&private.0)).await?;
+    drop(private);
+    if !first.is_reached() {
+        return keeper.end(first).await;
+    }
+    let second = keeper.stage(Stage::Public).await?;
+    keeper.end(second).await
+}
+
+/// How a server's stage ended.
+struct StageEnd {
+    status: ExitStatus,
+    /// The stage was over, nobody asked for a stop, and nothing failed.
+    over: bool,
+    failure: Option<Error>,
+}
+
+impl StageEnd {
+    fn is_reached(&self) -> bool {
+        self.over && self.status.success() && self.failure.is_none()
+    }
+}
+
+struct Keeper<'a> {
+    options: &'a Options,
+    pusher: &'a Pusher,
+    start: Start,
+    events: &'a Events,
+    clock: Clock,
+    install: Install,
+    signals: Signals,
+    /// Lives across stages; taken when it has ended.
+    streaming: Option<Streaming>,
+    /// When a stop that was asked for must be over (monotonic).
+    deadline: Option<Duration>,
+    board: Board,
+}
+
+impl Keeper<'_> {
+    async fn stage(&mut self, stage: Stage<'_>) -> Result<StageEnd> {
+        let command = server::command(self.options, &self.install, stage)?;
+        if let Stage::Private(_) = stage {
+            let text = format!("{} -D {}", command.program.display(), self.options.data_dir.display());
+            self.events.emit(Event::ServerStarting { command: text });
+        }
+        let mut server = Postmaster::start(&command)?;
+        let streaming =
+            self.streaming.get_or_insert_with(|| Streaming::start(self.options, self.pusher, self.start, server.pid()));
+        // Until the log is open nothing is held back: everybody waits for it.
+        streaming.order(match stage {
+            Stage::Private(_) => Order::Hurry,
+            Stage::Public => Order::Run,
+        });
+        let (progress, streamed) = (streaming.progress.clone(), streaming.progress.clone());
+        let running = server.clone();
+        let care = async {
+            let care = Care {
+                options: self.options,
+                pusher: self.pusher,
+                events: self.events,
+                board: &self.board,
+                server: &running,
+            };
+            match stage {
+                Stage::Private(_) => care.until_open(progress).await,
+                Stage::Public => care.for_everybody(progress, self.start == Start::Now).await,
+            }
+        };
         tokio::pin!(care);
-        let mut caring = true;
-        let mut stopping = false;
+        let _followed = telling::follow(&self.board, streamed);
+        let mut end = StageEnd { status: ExitStatus::from_raw(0), over: false, failure: None };
+        let (mut caring, mut stop_asked) = (true, false);
         loop {
+            let now = self.clock.monotonic();
+            let left = self.deadline.map_or(Duration::MAX, |deadline| deadline.saturating_sub(now + LAST_WORDS));
+            let (orders, task) = match &mut self.streaming {
+                Some(Streaming { orders, task, .. }) => (Some(&*orders), Some(task)),
+                None => (None, None),
+            };
+            let has_task = task.is_some();
+            let hurry = || {
+                if let Some(orders) = orders {
+                    orders.send_replace(Order::Hurry);
+                }
+            };
+            let stream_ended = async {
+                match task {
+                    Some(task) => task.await,
+                    None => std::future::pending().await,
+                }
+            };
             tokio::select! {
-                status = server.wait() => break status,
+                status = server.wait() => {
+                    end.status = status;
+                    break;
+                }
                 outcome = &mut care, if caring => {
                     caring = false;
+                    end.over = outcome.is_ok() && !stop_asked;
+                    hurry();
                     if let Err(error) = outcome {
-                        events.emit(Event::Stopping { why: error.to_string() });
-                        stopping = true;
-                        server.stop(Stop::Fast);
+                        self.events.emit(Event::Stopping { why: error.to_string() });
+                        end.failure = Some(error);
                     }
+                    server.stop(Stop::Fast);
                 }
-                what = signals.next() => match what {
+                ended = stream_ended, if has_task => {
+                    caring = false;
+                    self.streaming = None;
+                    let error = match ended {
+                        Ok(Ok(_)) => Error::internal("the stream ended by itself"),
+                        Ok(Err(error)) => error,
+                        Err(error) => Error::internal("the stream's task ended").source(error),
+                    };
+                    self.events.emit(Event::Stopping { why: error.to_string() });
+                    server.stop(if error.kind() == Kind::Fenced { Stop::Immediate } else { Stop::Fast });
+                    end.failure = Some(error);
+                }
+                what = self.signals.next() => match what {
                     Asked::Reload => server.reload(),
                     Asked::Stop(name) => {
-                        let how = if stopping { Stop::Immediate } else { Stop::Fast };
-                        events.emit(Event::Stopping { why: format!("{name} received, {how:?} stop").to_lowercase() });
-                        // The backup in progress holds a session that a fast stop would end anyway.
-                        caring = false;
-                        stopping = true;
+                        let how = if stop_asked { Stop::Immediate } else { Stop::Fast };
+                        self.events.emit(Event::Stopping { why: format!("{name} received, {how:?} stop").to_lowercase() });
+                        // A backup in progress holds a session that a fast stop would end anyway. What is durable last
+                        // goes first: the tail of the log is on its way before the server's checkpoint begins.
+                        hurry();
+                        (caring, stop_asked, end.over) = (false, true, false);
+                        self.deadline.get_or_insert(now + self.options.grace);
                         server.stop(how);
                     }
                 },
+                () = self.clock.sleep(left), if self.deadline.is_some() && left < Duration::MAX => {
+                    self.events.warning("the grace period is nearly over: the server is stopped at once");
+                    server.stop(Stop::Immediate);
+                    self.clock.sleep(LAST_WORDS).await;
+                }
             }
         }
-    };
-    events.emit(Event::ServerStopped { status: status.to_string() });
-    bring_in_the_rest(options, pusher, events).await;
-    Ok(exit_code(status))
-}
-
-/// What is done for a running server; ends only with an error.
-async fn care(options: &Options, pusher: &Pusher, running: &Postmaster, events: &Events) -> Result<()> {
-    let clock = pusher.repository.clock();
-    let began = clock.monotonic();
-    let recovering = server::is_recovering(&options.data_dir);
-    let Some(up) = server::wait_until_ready(running, &options.data_dir, clock).await? else { return Ok(()) };
-    if recovering {
-        let control = ControlFile::read(&options.data_dir, version_of(&options.data_dir)?)?;
-        events.emit(Event::RecoveryDone { timeline: control.timeline, elapsed: clock.monotonic() - began });
+        telling::not_ready(&self.board, self.options)?;
+        Ok(end)
     }
-    // After a crash recovery the checkpointer does not look at archive_timeout until something wakes it.
-    running.reload();
-    events.emit(Event::Ready { port: up.port, generation: pusher.writer.claim.generation });
-    tokio::join!(schedule::backups(options, pusher, events), watch_archive(options, pusher, events));
-    Ok(())
-}
 
-/// Tells when segments wait too long for the archiver.
-async fn watch_archive(options: &Options, pusher: &Pusher, events: &Events) {
-    let clock = pusher.repository.clock();
-    let limit = (options.rpo * 3).max(LAG_LEAST);
-    let mut told = clock.monotonic();
-    loop {
-        clock.sleep(WATCH).await;
-        let ready = ready_files(&options.data_dir).unwrap_or_else(|error| {
-            events.warning(format!("how far archiving lags cannot be told: {error}"));
-            Vec::new()
+    /// The server is down for good: what it left is brought in, and the log ended if that was all.
+    async fn end(mut self, end: StageEnd) -> Result<i32> {
+        self.events.emit(Event::ServerStopped { status: end.status.to_string() });
+        let streamed = self.streaming.take();
+        let (received, durable) = streamed.as_ref().map_or((Lsn(0), Lsn(0)), |streaming| {
+            let progress = *streaming.progress.borrow();
+            (progress.received, progress.durable)
         });
-        let oldest = ready.into_iter().map(|(_, at)| at).min();
-        let now = Duration::from_micros(clock.now().unix_micros().max(0) as u64);
-        let waited =
-            oldest.and_then(|at| at.duration_since(SystemTime::UNIX_EPOCH).ok()).map(|at| now.saturating_sub(at));
-        if let Some(behind) = waited.filter(|waited| *waited > limit && clock.monotonic() - told > limit) {
-            told = clock.monotonic();
-            events.emit(Event::ArchiveLags { behind });
+        if let Some(error) = end.failure {
+            if error.kind() == Kind::Fenced {
+                self.events.emit(Event::Fenced { local: received, durable });
+            }
+            if streamed.is_none() {
+                return Err(error);
+            }
+            self.bring_in(streamed, end.status).await;
+            return Err(error);
+        }
+        self.bring_in(streamed, end.status).await;
+        Ok(exit_code(end.status))
+    }
+
+    async fn bring_in(&self, streaming: Option<Streaming>, status: ExitStatus) {
+        let Some(streaming) = streaming else { return };
+        let deadline = self.deadline.unwrap_or(self.clock.monotonic() + self.options.grace);
+        streaming.order(Order::Finish);
+        let progress = streaming.progress.clone();
+        let work = async {
+            let log = streaming.task.await.map_err(|e| Error::internal("the stream's task ended").source(e))??;
+            self.release(log, status).await
+        };
+        let left = deadline.saturating_sub(self.clock.monotonic()).max(LAST_WORDS);
+        let outcome = self.clock.within(left, work).await;
+        let error = match outcome {
+            Some(Ok(())) => return,
+            Some(Err(error)) => error.to_string(),
+            None => format!("the grace period of {} s is over", self.options.grace.as_secs()),
+        };
+        self.events.emit(Event::WalLeftBehind { durable: progress.borrow().durable, error });
+    }
+
+    /// Ends the log so that the next machine need not wait, if the server ended cleanly and all of its WAL is there.
+    async fn release(&self, mut log: Appender, status: ExitStatus) -> Result<()> {
+        let data_dir = &self.options.data_dir;
+        let control = ControlFile::read(data_dir, version_of(data_dir)?)?;
+        if !status.success() || control.state != State::ShutDown {
+            return Err(Error::postgres(
+                "the server did not shut down cleanly: what it wrote last is on its disk only",
+            ));
+        }
+        catch_up(&mut log, self.pusher, shutdown_end(data_dir, &control)?).await?;
+        let durable = log.release().await?;
+        self.events.info(format!("released: everything up to {} is in the repository", durable.position.lsn));
+        Ok(())
+    }
+}
+
+/// Where the WAL of a server that was shut down ends: behind its last checkpoint's record.
+fn shutdown_end(data_dir: &Path, control: &ControlFile) -> Result<Lsn> {
+    let size = control.segment_size;
+    let name = SegmentName::new(control.newest_timeline(), size.number_at(control.checkpoint), size);
+    let path = data_dir.join("pg_wal").join(name.to_string());
+    let content = std::fs::read(&path).on("read", &path)?;
+    // A checkpoint's record is short; one that crosses into the next segment ends in its first page.
+    Ok(record_end(name, &content, control.checkpoint)?.unwrap_or(size.start_of(size.number_at(control.checkpoint) + 1)))
+}
+
+/// What is done for a running server.
+struct Care<'a> {
+    options: &'a Options,
+    pusher: &'a Pusher,
+    events: &'a Events,
+    board: &'a Board,
+    server: &'a Postmaster,
+}
+
+type Watcher = tokio::sync::watch::Receiver<crate::archive::stream::Progress>;
+
+impl Care<'_> {
+    /// Until the log is open and has all that the server had when it came up. Nobody else has seen anything of it yet.
+    async fn until_open(&self, mut progress: Watcher) -> Result<()> {
+        let clock = self.pusher.repository.clock();
+        let began = clock.monotonic();
+        let data_dir = &self.options.data_dir;
+        let recovering = server::is_recovering(data_dir);
+        if server::wait_until_ready(self.server, data_dir, clock).await?.is_none() {
+            return std::future::pending().await;
+        }
+        if recovering {
+            let timeline = ControlFile::read(data_dir, version_of(data_dir)?)?.newest_timeline();
+            self.events.emit(Event::RecoveryDone { timeline, elapsed: clock.monotonic() - began });
+        }
+        let target = progress.wait_for(|progress| progress.connected).await.map(|progress| progress.server);
+        let Ok(target) = target else { return std::future::pending().await };
+        let durable = progress.wait_for(|progress| progress.opened && progress.durable >= target).await;
+        match durable {
+            Ok(_) => Ok(()),
+            Err(_) => std::future::pending().await,
+        }
+    }
+
+    /// For as long as it runs; ends only with an error.
+    async fn for_everybody(&self, mut progress: Watcher, begins_anew: bool) -> Result<()> {
+        let clock = self.pusher.repository.clock();
+        let up = server::wait_until_ready(self.server, &self.options.data_dir, clock).await?;
+        let (Some(up), Ok(_)) = (up, progress.wait_for(|progress| progress.connected).await.map(drop)) else {
+            return std::future::pending().await;
+        };
+        telling::ready(self.board, self.options)?;
+        self.events.emit(Event::Ready { port: up.port, generation: self.pusher.writer.claim.generation });
+        let limit = (self.options.rpo * 3).max(LAG_LEAST);
+        let lag = watch_lag(progress, limit, clock.clone(), self.events.clone());
+        tokio::select! {
+            ended = schedule::backups(self.options, self.pusher, begins_anew, (self.events, self.board)) => ended,
+            () = lag => Ok(()),
         }
     }
 }
 
-/// WAL files that PostgreSQL has marked for archiving, oldest first, histories before segments.
-fn ready_files(data_dir: &Path) -> Result<Vec<(String, SystemTime)>> {
-    let directory = data_dir.join("pg_wal/archive_status");
-    let mut files = Vec::new();
-    for entry in std::fs::read_dir(&directory).on("list directory", &directory)? {
-        let entry = entry.on("list directory", &directory)?;
-        let name = entry.file_name().to_string_lossy().into_owned();
-        if let Some(name) = name.strip_suffix(".ready") {
-            let at = entry.metadata().and_then(|metadata| metadata.modified()).unwrap_or(SystemTime::UNIX_EPOCH);
-            files.push((name.to_owned(), at));
-        }
+/// A directory for the socket of the first stage, which nobody else can enter. Short, because a socket's path must be.
+struct PrivateDir(PathBuf);
+
+impl PrivateDir {
+    fn new(clock: &Clock) -> Result<PrivateDir> {
+        let path = PathBuf::from(format!("/tmp/perennial-{:08x}", u32::from_le_bytes(clock.random())));
+        std::fs::DirBuilder::new().mode(0o700).create(&path).on("create directory", &path)?;
+        Ok(PrivateDir(path))
     }
-    files.sort_by_key(|(name, _)| (!name.ends_with(".history"), name.clone()));
-    Ok(files)
 }
 
-/// The server is down: whatever it has not archived itself goes now. Its own next start finds the same bytes there.
-async fn bring_in_the_rest(options: &Options, pusher: &Pusher, events: &Events) {
-    let left = match ready_files(&options.data_dir) {
-        Ok(left) => left,
-        Err(error) => return events.warning(error.to_string()),
-    };
-    for (done, (name, _)) in left.iter().enumerate() {
-        let path = options.data_dir.join("pg_wal").join(name);
-        if !path.is_file() {
-            continue;
-        }
-        if let Err(error) = pusher.push(&path).await {
-            let segments = (left.len() - done) as u64;
-            return events.emit(Event::WalLeftBehind { segments, error: error.to_string() });
-        }
+impl Drop for PrivateDir {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
     }
 }
 

@@ -34,11 +34,18 @@ impl History {
             let mut fields = line.split_whitespace();
             let parent: Timeline = fields.next().and_then(|f| f.parse().ok()).ok_or_else(malformed)?;
             let at: Lsn = fields.next().and_then(|f| f.parse().ok()).ok_or_else(malformed)?;
-            let ordered = switches.last().is_none_or(|before| before.timeline < parent && before.at <= at);
+            let ordered = switches.last().is_none_or(|before| before.timeline < parent);
             if !ordered || parent >= timeline {
                 return Err(malformed());
             }
             switches.push(Switch { timeline: parent, at });
+        }
+        // Recovery that stopped before an earlier switch writes the whole history of its target and its own, earlier
+        // end (`writeTimeLineHistory`): what came after that end was never on the way.
+        let mut end = Lsn(u64::MAX);
+        for switch in switches.iter_mut().rev() {
+            end = end.min(switch.at);
+            switch.at = end;
         }
         Ok(History { timeline, switches })
     }
@@ -57,7 +64,7 @@ impl History {
         let begins = std::iter::once(Lsn(0)).chain(self.switches.iter().map(|switch| switch.at));
         let ends = self.switches.iter().map(|s| (s.timeline, Some(s.at))).chain([(self.timeline, None)]);
         let spans: Vec<_> = begins.zip(ends).map(|(begin, (timeline, end))| (timeline, begin, end)).collect();
-        spans.into_iter()
+        spans.into_iter().filter(|(_, begin, end)| end.is_none_or(|end| *begin < end))
     }
 }
 
@@ -80,8 +87,16 @@ mod tests {
     }
 
     #[test]
+    fn recovery_that_stopped_before_an_earlier_switch_leaves_that_switch_behind() {
+        let history = History::parse(Timeline(3), "1 0/700 r\n2 0/500 r").expect("as PostgreSQL writes it");
+        assert_eq!(history.end_of(Timeline(1)), Some(Some(Lsn(0x500))));
+        let spans: Vec<_> = history.spans().collect();
+        assert_eq!(spans, [(Timeline(1), Lsn(0), Some(Lsn(0x500))), (Timeline(3), Lsn(0x500), None)]);
+    }
+
+    #[test]
     fn a_history_that_contradicts_itself_is_refused() {
-        for bad in ["x 0/1 r", "1", "2 0/5 r\n1 0/6 r", "1 0/6 r\n2 0/5 r", "3 0/5 r", "5 0/5 r"] {
+        for bad in ["x 0/1 r", "1", "2 0/5 r\n1 0/6 r", "3 0/5 r", "5 0/5 r"] {
             assert!(History::parse(Timeline(3), bad).is_err(), "{bad:?}");
         }
     }

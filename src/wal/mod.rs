@@ -9,4 +9,4 @@ mod scan;
 
 pub use history::{History, Switch};
 pub use name::{SegmentName, SegmentSize, WalFileName};
-pub use scan::{RestorePoint, SegmentFacts, SegmentHeader, find_transaction_end, scan_segment};
+pub use scan::{RestorePoint, SegmentFacts, SegmentHeader, find_transaction_end, record_end, scan_part, scan_segment};

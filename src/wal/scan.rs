@@ -119,14 +119,37 @@ pub fn scan_segment(name: SegmentName, bytes: &[u8]) -> Result<(SegmentHeader, S
     Ok((header, scan.facts))
 }
 
-/// The end of the record that ended transaction `xid`, if it is in this segment. `scan_segment` has accepted the bytes
-/// when they were stored.
+/// What happened in a segment whose WAL ends somewhere inside it, with zeros behind: everything up to the last whole record.
+pub fn scan_part(name: SegmentName, bytes: &[u8]) -> Result<SegmentFacts> {
+    let header = SegmentHeader::parse(bytes).map_err(|e| e.context(name))?;
+    let mut scan = Scan::new(bytes, header, name.timeline);
+    // Where it stops is the end.
+    let _ = scan.run();
+    Ok(scan.facts)
+}
+
+/// Where the record that starts at `lsn` ends; `None` when it goes on in the next segment.
+pub fn record_end(name: SegmentName, bytes: &[u8], lsn: Lsn) -> Result<Option<Lsn>> {
+    let header = SegmentHeader::parse(bytes).map_err(|e| e.context(name))?;
+    let scan = Scan::new(bytes, header, name.timeline);
+    let at = lsn.bytes_since(header.start) as usize;
+    let total = u32_at(bytes, at) as usize;
+    if total < RECORD_HEADER {
+        return Err(Error::damaged(format!("{name}: no record starts at {lsn}")));
+    }
+    let end =
+        scan.skip(at, total).map_err(|(offset, why)| Error::damaged(format!("{name} at byte {offset}: {why}")))?;
+    Ok(end.map(|end| Lsn(header.start.0 + align(end) as u64)))
+}
+
+/// The end of the record that ended transaction `xid`, if it is in this segment. The bytes were checked when they were
+/// stored.
 pub fn find_transaction_end(name: SegmentName, bytes: &[u8], xid: u32) -> Result<Option<Lsn>> {
     let header = SegmentHeader::parse(bytes).map_err(|e| e.context(name))?;
-    let facts = SegmentFacts::default();
-    let mut scan =
-        Scan { bytes, header, timeline: name.timeline, facts, sought: Some(xid), found: None, kept: Vec::new() };
-    scan.run().map_err(|(offset, why)| Error::damaged(format!("{name} at byte {offset}: {why}")))?;
+    let mut scan = Scan::new(bytes, header, name.timeline);
+    scan.sought = Some(xid);
+    // Of a segment that is not whole, the end of what is there is the end.
+    let _ = scan.run();
     Ok(scan.found)
 }
 
@@ -175,7 +198,12 @@ struct Scan<'a> {
     kept: Vec<u8>,
 }
 
-impl Scan<'_> {
+impl<'a> Scan<'a> {
+    fn new(bytes: &'a [u8], header: SegmentHeader, timeline: Timeline) -> Scan<'a> {
+        let facts = SegmentFacts::default();
+        Scan { bytes, header, timeline, facts, sought: None, found: None, kept: Vec::new() }
+    }
+
     fn run(&mut self) -> Result<(), Broken> {
         let first = self.page(0)?;
         let mut at = match first.info & FIRST_IS_CONTRECORD {
@@ -218,7 +246,11 @@ impl Scan<'_> {
                 return Ok(None);
             }
             if at.is_multiple_of(PAGE) {
-                at += self.page(at)?.length();
+                let page = self.page(at)?;
+                at += page.length();
+                if page.info & FIRST_IS_OVERWRITE_CONTRECORD != 0 {
+                    return Ok(Some(at));
+                }
             }
             let step = count.min(PAGE - at % PAGE);
             at += step;

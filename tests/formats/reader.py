@@ -9,6 +9,7 @@ Needs Python 3.11 and the `zstandard` module. Run `restore` as the user that wil
 """
 import argparse
 import contextlib
+import functools
 import hashlib
 import itertools
 import json
@@ -21,6 +22,7 @@ import sys
 import zstandard
 
 HEAD_MAGIC, INDEX_MAGIC, ENDLESS = 0x184D2A50, 0x184D2A51, 1 << 64
+WAL_FRAME, IN_FLIGHT = 4 << 20, 15
 CRC_TABLE = list(range(256))
 for _ in range(8):
     CRC_TABLE = [(c >> 1) ^ (0x82F63B78 if c & 1 else 0) for c in CRC_TABLE]
@@ -48,8 +50,30 @@ def reading(key):
 
 # --- the parts objects are made of
 
+@functools.cache
+def power(n):
+    """x to the n modulo the polynomial of CRC-32C, in binary; digits read in base 4 are a square."""
+    result = 1
+    for bit in f"{n:b}":
+        result = int(f"{result:b}", 4) << int(bit)
+        while result >> 32:
+            result ^= 0x11EDC6F41 << result.bit_length() - 33
+    return result
+
+
 def crc32c(data):
-    crc, table = 0xFFFFFFFF, CRC_TABLE
+    """CRC-32C. Of what is long, the first half is folded onto the second: by bits with the same remainder there."""
+    crc, table, bits = 0xFFFFFFFF, CRC_TABLE, 8 * len(data)
+    if bits > 4096:
+        value, crc = int.from_bytes(data, "little") ^ crc, 0
+        while bits > 4096:
+            half = bits // 16 * 8 - 32
+            bits -= half
+            first, value = value & ((1 << half) - 1), value >> half
+            for k in range(32):
+                if power(bits) >> k & 1:
+                    value ^= first << (bits - half - k)
+        data = value.to_bytes(bits // 8, "little")
     for byte in data:
         crc = table[(crc ^ byte) & 255] ^ (crc >> 8)
     return crc ^ 0xFFFFFFFF
@@ -92,11 +116,38 @@ def unpack(key, frame, plain=None):
     return zstandard.ZstdDecompressor().decompress(frame, allow_extra_data=False)
 
 
-def unpack_all(key, body, lengths, digest):
-    """Contents of the frames of a body, once their total length and SHA-256 proved right."""
-    demand(sum(lengths) == len(body), key, f"has {len(body)} bytes of frames instead of {sum(lengths)}")
+def unpack_all(key, body, frames, digest):
+    """Content of a body of frames of these stored and plain lengths, once all and their SHA-256 proved right."""
+    ends = [0, *itertools.accumulate(stored for stored, _ in frames)]
+    demand(ends[-1] == len(body), key, f"has {len(body)} bytes of frames instead of {ends[-1]}")
     demand(sha256(body) == digest, key, "the SHA-256 of the frames does not hold")
-    return [unpack(key, body[end - length:end]) for end, length in zip(itertools.accumulate(lengths), lengths)]
+    return b"".join(unpack(key, body[at:at + stored], plain) for at, (stored, plain) in zip(ends, frames))
+
+
+def segment_name(timeline, number, size):
+    """Name of the segment with this number, counted from the beginning of all WAL."""
+    log, place = divmod(number, (1 << 32) // size)
+    return f"{timeline:08X}{log:08X}{place:08X}"
+
+
+def numbered(generation, kind, number):
+    """Key of a `log` entry or `collected` bound."""
+    return f"generations/{generation:08d}/{kind}/{number:012d}"
+
+
+def advance(key, head, at, size):
+    """Where a log stands after an entry, as timeline and position, if it stood `at` before."""
+    if head["kind"] not in ("open", "wal", "heartbeat"):
+        return at
+    here = head["timeline"], lsn(head["start" if head["kind"] == "wal" else "lsn"])
+    begins = head["kind"] == "open" and at is None
+    demand(begins or here == at, key, "does not continue the entry before")
+    demand(not begins or here[1] % size == 0, key, "does not begin with a segment")
+    if head["kind"] != "wal":
+        return here
+    end = lsn(head["end"])
+    demand((end - 1) // size == here[1] // size, key, "lies in more than one segment")
+    return here[0], end
 
 
 # --- objects
@@ -115,6 +166,9 @@ class Repository:
         with reading(key), open(os.path.join(self.directory, key), "rb") as file:
             file.seek(offset)
             return file.read(length)
+
+    def has(self, key):
+        return os.path.exists(os.path.join(self.directory, key))
 
     def keys(self, prefix=""):
         walk = os.walk(os.path.join(self.directory, prefix))
@@ -144,20 +198,109 @@ class Repository:
         return line
 
     def wal_index(self, line):
-        """Keys of a lineage's WAL files by name; a newer generation's file goes before an older's."""
-        return {os.path.basename(key).removesuffix(".zst"): key
-                for number in reversed(line) for key in self.keys(f"generations/{number:08d}/wal")}
+        """A lineage's WAL files by name: up to where they hold their content, and the keys it is joined from.
 
-    def wal_file(self, key):
+        A newer generation's file goes before an older's, any file before what logs hold, and the longest of that.
+        Logs are read first: what is collected from one has become a file by then."""
+        index = {}
+        for number in line:
+            for name, (length, keys) in self.log_parts(number).items():
+                index[name] = max(index.get(name, (0, [])), (length, keys), key=lambda part: part[0])
+        for key in (key for number in reversed(line) for key in self.keys(f"generations/{number:08d}/wal")):
+            index[os.path.basename(key).removesuffix(".zst")] = ENDLESS, [key]
+        return index
+
+    def wal_content(self, part):
+        """What `wal_index` tells of a name, read."""
+        return b"".join((self.wal_file if key.endswith(".zst") else self.entry)(key)[1] for key in part[1])
+
+    def wal_file(self, key, with_crc=False):
         """Head and content of a WAL object."""
         with reading(key):
             head, body = split_head(key, self.read(key), "perennial/wal/1")
             demand(head["name"] + ".zst" == os.path.basename(key), key, f"holds {head['name']}")
-            parts = unpack_all(key, body, head["frames"], head["stored_sha256"])
-            content = b"".join(parts)
-            demand(all(len(part) == head["frame_size"] for part in parts[:-1]), key, "a frame has a wrong length")
+            demand(all(plain <= WAL_FRAME for _, plain in head["frames"]), key, "a frame is too long")
+            content = unpack_all(key, body, head["frames"], head["stored_sha256"])
             demand(len(content) == head["size"], key, "is not the file's content")
+            demand(not with_crc or crc32c(content) == head["crc32c"], key, "the content's CRC-32C does not hold")
             return head, content
+
+    def entry(self, key, with_crc=False):
+        """Head and content of a log entry, and the SHA-256 of all of it."""
+        with reading(key):
+            raw = self.read(key)
+            head, body = split_head(key, raw, "perennial/log/1")
+            demand(numbered(head["generation"], "log", head["number"]) == key, key, "belongs elsewhere")
+            if head["kind"] != "wal":
+                demand(not body, key, "has more than a head")
+                return head, b"", sha256(raw)
+            length = lsn(head["end"]) - lsn(head["start"])
+            demand(0 < length <= WAL_FRAME, key, f"is about {length} bytes")
+            content = unpack(key, body, length)
+            demand(not with_crc or crc32c(content) == head["crc32c"], key, "the content's CRC-32C does not hold")
+            return head, content, sha256(raw)
+
+    def numbers(self, generation, kind):
+        """Numbers of the `log` entries or `collected` bounds of a generation."""
+        found = (re.fullmatch(r".*/(\d{12})", key) for key in self.keys(f"generations/{generation:08d}/{kind}"))
+        return sorted(int(match[1]) for match in found if match)
+
+    def bound(self, generation):
+        return max(self.numbers(generation, "collected"), default=1)
+
+    def collected(self, generation, number):
+        """Where the WAL of a bound's entry begins, as timeline and position."""
+        key = numbered(generation, "collected", number)
+        with reading(key):
+            content = parse_document(key, self.read(key), "perennial/collected")
+            demand(content["number"] == number, key, f"is number {content['number']}")
+            return content["position"]["timeline"], lsn(content["position"]["lsn"])
+
+    def log(self, generation, with_crc=False):
+        """Heads of the entries of a log that count; from the start whenever the bound has moved meanwhile."""
+        while True:
+            bound = self.bound(generation)
+            try:
+                heads = list(self.follow(generation, bound, with_crc))
+            except Damage:
+                if bound == self.bound(generation):
+                    raise
+            else:
+                if bound == self.bound(generation):
+                    return heads
+
+    def follow(self, generation, bound, with_crc):
+        """Heads of a log's entries from the bound to the first hole or seal, each proved to follow the one before."""
+        size, at, before = self.generation(generation)["segment_size"], None, None
+        if self.has(numbered(generation, "collected", bound)):
+            at = self.collected(generation, bound)
+        for number in itertools.count(bound):
+            key = numbered(generation, "log", number)
+            if not self.has(key):
+                return
+            head, _, digest = self.entry(key, with_crc)
+            with reading(key):
+                sealed = head["kind"] == "seal"
+                foreign = sealed and head["by"] != generation
+                demand(not foreign or head["by"] > generation and not head["released"], key, "is a seal by none newer")
+                expected = None if number == 1 or foreign else before or head["previous"]
+                demand(head.get("previous") == expected, key, "`previous` is not the entry before")
+                at, before = advance(key, head, at, size), digest
+            yield head
+            if sealed:
+                return
+
+    def log_parts(self, generation):
+        """Segments that a log holds from their beginning, by name: how many bytes, and the keys of the entries."""
+        size, parts = self.generation(generation)["segment_size"], {}
+        for head in self.log(generation):
+            if head["kind"] == "wal":
+                start, end = lsn(head["start"]), lsn(head["end"])
+                name = segment_name(head["timeline"], start // size, size)
+                keys = parts.get(name, (0, []))[1] + [numbered(generation, "log", head["number"])]
+                if start % size == 0 or name in parts:
+                    parts[name] = end - start // size * size, keys
+        return parts
 
     def manifest(self, backup):
         """Head and text of a manifest, and its lines by kind, as lists of values."""
@@ -165,9 +308,7 @@ class Repository:
         with reading(key):
             head, body = split_head(key, self.read(key), "perennial/backup/1")
             demand(head["backup_id"] == backup and head["repository_id"] == self.id, key, "belongs elsewhere")
-            parts = unpack_all(key, body, [stored for stored, _ in head["frames"]], head["frames_sha256"])
-            demand([*map(len, parts)] == [plain for _, plain in head["frames"]], key, "a frame has a wrong length")
-            text = b"".join(parts)
+            text = unpack_all(key, body, head["frames"], head["frames_sha256"])
             lines = {"pack": [], "dir": [], "link": [], "file": [], "end": []}
             for count, line in enumerate(text.splitlines()):
                 for kind, value in json.loads(line).items():
@@ -209,15 +350,19 @@ class Repository:
 # --- which backup, which WAL
 
 def timelines(repo, index):
-    """The timelines that lead to the newest one, as pairs of number and end, oldest first."""
+    """The timelines that lead to the newest one, as pairs of number and end, oldest first.
+
+    One that was left behind the point where a later one was counts up to that point."""
     newest, path = max((int(name[:8], 16) for name in index), default=1), []
     if newest > 1:
         name = f"{newest:08X}.history"
         demand(name in index, f"generations/*/wal/{name}.zst", "missing")
-        for line in repo.wal_file(index[name])[1].decode().splitlines():
+        for line in repo.wal_content(index[name]).decode().splitlines():
             if match := re.match(r"\s*(\d+)\s+([0-9A-Fa-f]+/[0-9A-Fa-f]+)", line):
                 path.append((int(match[1]), lsn(match[2])))
-    return path + [(newest, ENDLESS)]
+    path.append((newest, ENDLESS))
+    ends = [*itertools.accumulate((end for _, end in reversed(path)), min)]
+    return [(timeline, end) for (timeline, _), end in zip(path, reversed(ends))]
 
 
 def plan(repo, backup=None):
@@ -239,21 +384,25 @@ def plan(repo, backup=None):
 def segments(index, path, head):
     """Names of the segments to replay, each with the number of bytes that count; refuses holes."""
     size, on, chosen, later = head["segment_size"], {}, [], False
-    per_log = (1 << 32) // size
-    first, must = lsn(head["start_lsn"]) // size, (lsn(head["stop_lsn"]) - 1) // size
+    first, stop = lsn(head["start_lsn"]) // size, lsn(head["stop_lsn"])
     for name in filter(re.compile("[0-9A-F]{24}").fullmatch, index):
-        number = int(name[8:16], 16) * per_log + int(name[16:], 16)
-        on.setdefault(int(name[:8], 16), {})[number] = name
+        number = int(name[8:16], 16) * ((1 << 32) // size) + int(name[16:], 16)
+        on.setdefault(int(name[:8], 16), {})[number] = number * size + min(size, index[name][0])
     start = [timeline for timeline, _ in path].index(head["timeline"])
     for place in reversed(range(start, len(path))):
         timeline, end = path[place]
-        begin = max(first, path[place - 1][1] // size) if place > start else first
-        have = {n: name for n, name in on.get(timeline, {}).items() if n >= begin and n * size < end}
-        last = end // size - 1 if later else max(have, default=-1)  # the next timeline repeats what it left unfinished
-        for n in range(begin, max(last, must if place == start else -1) + 1):
-            name = f"{timeline:08X}{n // per_log:08X}{n % per_log:08X}"
-            demand(n in have, f"generations/*/wal/{name[:8]}/{name[8:16]}/{name}.zst", "missing")
-        chosen += [(name, min(size, end - n * size)) for n, name in have.items()]
+        since = path[place - 1][1] if place > start else first * size
+        begin = max(first, since // size)
+        have = {n: reach for n, reach in on.get(timeline, {}).items()
+                if n >= begin and reach >= since and n * size < end}
+        # All must be there up to the last one, and what the backup needs; the next timeline repeats an unfinished one.
+        goal = end // size * size if later else max(max(have, default=0) * size, stop if place == start else 0)
+        for n in range(begin, -(-goal // size)):
+            name = segment_name(timeline, n, size)
+            key = f"generations/*/wal/{name[:8]}/{name[8:16]}/{name}.zst"
+            demand(n in have, key, "missing")
+            demand(have[n] >= min(goal, (n + 1) * size), key, "missing, and logs hold only a part of it")
+        chosen += [(segment_name(timeline, n, size), min(reach, end) - n * size) for n, reach in have.items()]
         later = later or bool(have)
     return sorted(chosen)
 
@@ -313,11 +462,11 @@ def restore(repo, target, backup, moved):
     empty_directory(target)
     make_directories(lines, below, moved)
     for name, count in needed:
-        content = repo.wal_file(index[name])[1][:count]
+        content = repo.wal_content(index[name])[:count]
         write(below(f"pg_wal_archive/{name}"), [content.ljust(head["segment_size"], b"\0")])
     for name in (f"{timeline:08X}.history" for timeline, _ in path):
         if name in index:
-            write(below(f"pg_wal_archive/{name}"), [repo.wal_file(index[name])[1]])
+            write(below(f"pg_wal_archive/{name}"), [repo.wal_content(index[name])])
     for file in sorted(lines["file"], key=lambda file: file["path"] == "global/pg_control"):
         if file.get("outside"):
             print(f"note: {file['outside']} is now outside/{file['path']} in the data directory", file=sys.stderr)
@@ -332,13 +481,35 @@ def restore(repo, target, backup, moved):
     print(f"restored {head['backup_id']}: {head['files']} files, WAL {needed[0][0]} to {needed[-1][0]}")
 
 
+def check_log(repo, generation):
+    """Verify a log and its bounds. Entries that never counted may be anything, but few can lie behind a hole."""
+    for number in repo.numbers(generation, "collected"):
+        if repo.has(numbered(generation, "collected", number)):
+            repo.collected(generation, number)
+    bound, heads, behind = repo.bound(generation), repo.log(generation, with_crc=True), []
+    if heads and heads[-1]["kind"] == "seal":
+        return
+    hole = heads[-1]["number"] + 1 if heads else bound
+    for number in repo.numbers(generation, "log"):
+        if number > hole:
+            with contextlib.suppress(Damage):
+                behind.append(repo.entry(numbered(generation, "log", number))[0])
+    key = numbered(generation, "log", hole)
+    if not repo.has(key) and repo.bound(generation) == bound:  # else it was only just written
+        for head in behind:  # what its writer had on its way, and seals that others put ahead
+            seal = head["kind"] == "seal"
+            explained = not head["released"] if seal else head["number"] <= hole + IN_FLIGHT
+            demand(explained, key, f"missing, and entry {head['number']} shows that it was there")
+
+
 def check_key(repo, key):
     """Verify one object; the descriptor was verified when the repository was opened."""
     parts = key.split("/")
     if re.fullmatch(r"generations/\d{8}/generation\.json", key):
         repo.generation(int(parts[1]))
+        check_log(repo, int(parts[1]))
     elif re.fullmatch(r"generations/\d{8}/wal/(([0-9A-F]{8})/([0-9A-F]{8})/\2\3.*|[0-9A-F]{8}\.history)\.zst", key):
-        same = repo.wal_file(key)[0]["system_id"] == repo.generation(int(parts[1]))["system_id"]
+        same = repo.wal_file(key, with_crc=True)[0]["system_id"] == repo.generation(int(parts[1]))["system_id"]
         demand(same, key, "is of another cluster")
     elif re.fullmatch(r"backups/[^/]+/manifest", key):
         head, _, lines = repo.manifest(parts[1])
@@ -348,7 +519,7 @@ def check_key(repo, key):
         segments(repo.wal_index(repo.lineage(head["generation"])), [(head["timeline"], lsn(head["stop_lsn"]))], head)
     elif re.fullmatch(r"packs/[0-9a-f]{32}", key):
         list(map(len, repo.pack_frames(key)))
-    elif key != "perennial.json":
+    elif key != "perennial.json" and not re.fullmatch(r"generations/\d{8}/(log|collected)/\d{12}", key):
         print(f"note: {key} is no object of this format", file=sys.stderr)
 
 
@@ -375,13 +546,16 @@ def cat(repo, key):
     """Print an object as `zstd -d` would, once it proved right."""
     if key.endswith(".zst"):
         content = [repo.wal_file(key)[1]]
+    elif "/log/" in key:
+        content = [repo.entry(key)[1]]
     elif key.endswith("/manifest"):
         content = [repo.manifest(key.split("/")[1])[1]]
     elif key.startswith("packs/"):
         content = (unpack(key, frame) for frame in repo.pack_frames(key))
     else:
         content = [repo.read(key)]
-        parse_document(key, content[0], "perennial/" + ("generation" if "/" in key else "repository"))
+        kind = "collected" if "/collected/" in key else "generation" if "/" in key else "repository"
+        parse_document(key, content[0], f"perennial/{kind}")
     sys.stdout.buffer.writelines(content)
 
 

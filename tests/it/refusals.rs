@@ -126,3 +126,17 @@ fn the_address_comes_from_the_instances_metadata_when_nothing_else_names_it() {
         text(&output)
     );
 }
+
+#[test]
+fn a_restore_command_that_cannot_be_understood_is_not_the_end_of_wal() {
+    let scratch = Scratch::new();
+    let bucket = Bucket::directory(&scratch);
+    for words in [
+        &["wal", "fetch", "000000010000000000000001", "x", "--flag-of-another-version"][..],
+        &["wal", "fetch", "000000010000000000000001"],
+        &["--unknown", "wal", "fetch", "000000010000000000000001", "x"],
+    ] {
+        let code = bucket.command(words).output().expect("runs").status.code().expect("a code");
+        assert!(code >= 126, "{words:?}: PostgreSQL would take {code} for the end of WAL and promote");
+    }
+}

@@ -5,6 +5,7 @@ use nix::sys::signal::Signal;
 use crate::support::*;
 
 const REFUSED: i32 = 73;
+const FENCED: i32 = 75;
 
 #[test]
 fn ten_boots_in_a_row_on_one_prefix_each_restorable_to_any_point_of_any_life() {
@@ -85,9 +86,13 @@ fn a_machine_that_was_replaced_does_not_come_back() {
     let mut second = Machine::new(&scratch, "b", &bucket);
     second.start(&[]).ready();
     first.start(&["--init"]);
-    assert_eq!(first.ended(), REFUSED);
+    assert_eq!(first.ended(), FENCED);
     assert!(first.log().contains("has started generation 2"), "{}", first.log());
     assert!(first.data_dir().join("PG_VERSION").exists(), "its data is kept");
+
+    first.start(&["--discard-diverged"]).ready();
+    let aside = std::fs::read_dir(&first.home).expect("listed").flatten().map(|entry| entry.file_name());
+    assert!(aside.into_iter().any(|name| name.to_string_lossy().starts_with("data.diverged-1-")));
 }
 
 #[test]
@@ -119,7 +124,8 @@ fn a_disk_that_was_put_back_in_time_is_not_started() {
     std::fs::write(machine.data_dir().join("pgsql_tmp_perennial/writer.json"), newest).expect("written");
     machine.start(&[]);
     assert_eq!(machine.ended(), REFUSED);
-    assert!(machine.log().contains("older than what it archived"), "{}", machine.log());
+    assert!(machine.log().contains("does not continue the repository"), "{}", machine.log());
+    assert!(machine.log().contains("--discard-diverged"), "{}", machine.log());
 }
 
 #[test]
@@ -257,4 +263,87 @@ fn as_process_1_of_a_container_it_passes_signals_on_and_leaves_nobody_behind() {
     let status = container.wait().expect("ended");
     assert_eq!(status.code(), Some(0), "{}", machine.log());
     assert!(machine.log().contains("fast stop"), "{}", machine.log());
+}
+
+#[test]
+fn a_point_before_a_takeover_becomes_the_database_and_later_machines_follow_it() {
+    let scratch = Scratch::new();
+    let bucket = Bucket::directory(&scratch);
+    let mut first = Machine::new(&scratch, "a", &bucket);
+    first.start(&["--init"]).ready().with_backup();
+    first.sql("CREATE TABLE t AS SELECT 'kept' AS what");
+    let moment = first.sql("SELECT clock_timestamp() FROM pg_sleep(0.05)");
+    first.sql("INSERT INTO t SELECT 'dropped' FROM pg_sleep(0.05)");
+    first.archived();
+    first.vanish();
+    // A takeover: timeline 2 left timeline 1 later than the moment we go back to.
+    let mut second = Machine::new(&scratch, "b", &bucket);
+    second.start(&[]).ready();
+    second.sql("INSERT INTO t VALUES ('dropped too')");
+    second.archived();
+    second.vanish();
+
+    let mut third = Machine::new(&scratch, "c", &bucket);
+    bucket.must(&["restore", "-D", third.data_dir().to_str().expect("text"), "--to-time", &moment]);
+    third.start(&["--adopt"]);
+    // It dies before its timeline has a whole segment: the way leads over the ancestor's, up to where it was left only.
+    third.ready();
+    let of = |machine: &Machine| machine.sql("SELECT string_agg(what, ',' ORDER BY what) FROM t");
+    assert_eq!(of(&third), "kept");
+    third.vanish();
+    let mut fourth = Machine::new(&scratch, "d", &bucket);
+    fourth.start(&[]).ready();
+    assert_eq!(of(&fourth), "kept", "another future came back");
+    fourth.sql("INSERT INTO t VALUES ('new')");
+    fourth.archived();
+    fourth.vanish();
+    let mut fifth = Machine::new(&scratch, "e", &bucket);
+    fifth.start(&[]).ready();
+    assert_eq!(of(&fifth), "kept,new");
+    assert!(bucket.must(&["list"]).contains("can be restored"));
+}
+
+#[test]
+fn two_processes_never_work_on_one_directory() {
+    let scratch = Scratch::new();
+    let bucket = Bucket::directory(&scratch);
+    let mut machine = Machine::new(&scratch, "a", &bucket);
+    machine.start(&["--init"]).ready().with_backup();
+    let data = machine.data_dir();
+    let directory = data.to_str().expect("text");
+    let said = bucket.must_fail(&["run", "-D", directory], REFUSED);
+    assert!(said.contains("another perennial process"), "{said}");
+    let said = bucket.must_fail(&["restore", "--force", "-D", directory], REFUSED);
+    assert!(said.contains("server is running") || said.contains("another perennial process"), "{said}");
+    machine.sql("SELECT 1");
+}
+
+#[test]
+fn whoever_asks_is_told_when_the_server_is_ready_and_how_far_its_wal_is() {
+    use std::io::{Read, Write};
+    let scratch = Scratch::new();
+    let bucket = Bucket::directory(&scratch);
+    let address = std::net::TcpListener::bind("127.0.0.1:0").expect("a port").local_addr().expect("bound");
+    let ask = |path: &str| {
+        let mut stream = std::net::TcpStream::connect(address).ok()?;
+        write!(stream, "GET {path} HTTP/1.0\r\n\r\n").ok()?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).ok()?;
+        Some(answer)
+    };
+    let mut machine = Machine::new(&scratch, "a", &bucket);
+    machine.start(&["--init", "--http", &address.to_string()]).ready().with_backup();
+    let ready_file = machine.data_dir().join("pgsql_tmp_perennial/ready");
+    assert!(ready_file.exists());
+    machine.archived();
+    wait_until("it is ready", || ask("/ready").is_some_and(|answer| answer.starts_with("HTTP/1.0 200")));
+    assert!(ask("/metrics").expect("answers").contains("perennial_ready 1\n"));
+    let told = bucket.json(&["status", "-D", machine.data_dir().to_str().expect("text")]);
+    let supervisor = &told["local"]["supervisor"];
+    assert_eq!((&supervisor["phase"], &supervisor["generation"]), (&"ready".into(), &1.into()), "{told}");
+    assert!(supervisor["last_backup"].as_str().is_some_and(|id| id.starts_with("00000001-")), "{told}");
+    assert_eq!(machine.stop(), 0);
+    assert!(!ready_file.exists());
+    let told = bucket.must(&["status", "-D", machine.data_dir().to_str().expect("text")]);
+    assert!(told.contains("no supervisor is running here"), "{told}");
 }

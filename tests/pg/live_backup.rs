@@ -65,7 +65,7 @@ fn a_server_that_does_not_archive_is_not_backed_up() {
     machine.initdb();
     let plain = Plain::start(&scratch, "a", &bucket, &Postgres::debian()).up(false);
     let said = bucket.must_fail(&["backup", "-D", machine.data_dir().to_str().expect("text")], REFUSED);
-    assert!(said.contains("archive_mode is off"), "{said}");
+    assert!(said.contains("nothing brings this server's WAL"), "{said}");
     drop(plain);
     machine.kill();
 }
@@ -83,13 +83,15 @@ fn a_server_that_something_else_runs_is_protected_by_its_archive_command_alone()
         std::fs::rename(machine.data_dir().join(name), etc.join(name)).expect("moved");
     }
     let conf = format!(
-        "data_directory = '{data}'\nhba_file = '{etc}/pg_hba.conf'\nident_file = '{etc}/pg_ident.conf'\narchive_mode = on\narchive_command = '{program} wal push --repo {url} \"%p\"'\nwork_mem = '7MB'\n",
+        "data_directory = '{data}'\nhba_file = '{etc}/pg_hba.conf'\nident_file = '{etc}/pg_ident.conf'\narchive_mode = on\narchive_command = '{program} wal push --repo {url} \"%p\"'\nwork_mem = '7MB'\ninclude_dir = 'conf.d'\n",
         data = machine.data_dir().display(),
         etc = etc.display(),
         program = perennial().display(),
         url = bucket.url
     );
     std::fs::write(etc.join("postgresql.conf"), conf).expect("written");
+    std::fs::create_dir(etc.join("conf.d")).expect("made, and left empty as Debian does");
+    give(&etc.join("conf.d"));
     let log = std::fs::File::create(machine.home.join("log")).expect("a log");
     let mut command = std::process::Command::new(Postgres::debian().program("postgres"));
     command.arg("-D").arg(&etc).args(["-c", "listen_addresses=", "-k"]).arg(&machine.home).envs(bucket.env.clone());
@@ -104,7 +106,7 @@ fn a_server_that_something_else_runs_is_protected_by_its_archive_command_alone()
         .expect("runs");
     assert!(backup.status.success(), "{}", text(&backup));
     machine.sql("INSERT INTO t VALUES (101)");
-    machine.archived();
+    machine.archived_by_command();
     nix::sys::signal::kill(nix::unistd::Pid::from_raw(server.id() as i32), nix::sys::signal::Signal::SIGQUIT)
         .expect("stopped");
     server.wait().expect("ended");

@@ -20,3 +20,4 @@ mod shapes;
 mod survive;
 mod targets;
 mod wal_files;
+mod zero_loss;

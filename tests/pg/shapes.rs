@@ -104,3 +104,21 @@ fn a_tablespace_in_place_survives() {
     second.start(&[]).ready();
     assert_eq!(second.sql("SELECT count(*) FROM t"), "1000");
 }
+
+#[test]
+fn forcing_a_restore_never_empties_another_servers_tablespace() {
+    let scratch = Scratch::new();
+    let bucket = Bucket::directory(&scratch);
+    let mut machine = Machine::new(&scratch, "a", &bucket);
+    machine.start(&["--init"]).ready();
+    let space = scratch.dir("space");
+    machine.sql(&format!("CREATE TABLESPACE fast LOCATION '{}'", space.display()));
+    machine.sql("CREATE TABLE t TABLESPACE fast AS SELECT generate_series(1, 1000) AS id");
+    bucket.must(&["backup", "-D", machine.data_dir().to_str().expect("text")]);
+    let copy = scratch.dir("copy").join("data");
+    let said = bucket.must_fail(&["restore", "--force", "-D", copy.to_str().expect("text")], 73);
+    assert!(said.contains("--tablespace") && !said.contains("add --force"), "{said}");
+    machine.sql("CHECKPOINT");
+    assert_eq!(machine.sql("SELECT count(*) FROM t"), "1000");
+    assert!(std::fs::read_dir(&space).expect("listed").count() > 0);
+}

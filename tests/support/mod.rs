@@ -6,6 +6,8 @@
 
 #![allow(dead_code, reason = "each test binary uses a part")]
 
+pub mod clients;
+
 use std::os::unix::fs::{PermissionsExt, chown};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -261,7 +263,12 @@ impl Machine {
         rustix::process::set_child_subreaper(rustix::process::Pid::from_raw(1)).expect("set");
         let log = std::fs::File::create(self.log_path()).expect("a log");
         let mut command = self.bucket.command(&["run", "-D"]);
-        command.arg(self.data_dir()).arg("--pg-bindir").arg(&self.postgres.bin_dir).args(ours).arg("--");
+        command.arg(self.data_dir()).arg("--pg-bindir").arg(&self.postgres.bin_dir).arg("--verbose");
+        if !ours.iter().any(|argument| argument.starts_with("--takeover-after")) {
+            // A story says itself when a machine is to wait for another.
+            command.arg("--takeover-after=0");
+        }
+        command.args(ours).arg("--");
         command.args(["-c", "listen_addresses=", "-c", "fsync=off", "-k"]).arg(&self.home).args(theirs);
         command.stdout(log.try_clone().expect("shared")).stderr(log);
         self.child = Some(command.spawn().expect("started"));
@@ -314,6 +321,21 @@ impl Machine {
     pub fn signal(&self, signal: nix::sys::signal::Signal) {
         let child = self.child.as_ref().expect("it runs");
         nix::sys::signal::kill(nix::unistd::Pid::from_raw(child.id() as i32), signal).expect("signalled");
+    }
+
+    /// To `perennial`, the postmaster and every process of the server.
+    pub fn signal_all(&self, signal: nix::sys::signal::Signal) {
+        self.signal(signal);
+        let postmaster = self.postmaster().expect("it runs");
+        for entry in std::fs::read_dir("/proc").expect("listed").flatten() {
+            let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<i32>().ok()) else { continue };
+            let stat = std::fs::read_to_string(entry.path().join("stat")).unwrap_or_default();
+            let parent =
+                stat.rsplit_once(')').and_then(|(_, rest)| rest.split_whitespace().nth(1)?.parse::<i32>().ok());
+            if pid == postmaster || parent == Some(postmaster) {
+                let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), signal);
+            }
+        }
     }
 
     /// SIGTERM, and the end with `code`.
@@ -380,6 +402,22 @@ impl Machine {
 
     /// Waits until everything written so far is in the repository.
     pub fn archived(&self) {
+        let end = self.sql("SELECT pg_current_wal_flush_lsn()");
+        let durable =
+            format!("SELECT flush_lsn >= '{end}' FROM pg_stat_replication WHERE application_name = 'perennial'");
+        wait_until(&format!("WAL up to {end} is durable"), || self.sql(&durable) == "t");
+    }
+
+    /// Ends the segment and waits until it is an object of its own; its name.
+    pub fn segment_stored(&self) -> String {
+        self.sql("CREATE TABLE IF NOT EXISTS something (id int); INSERT INTO something VALUES (1)");
+        let name = self.sql("SELECT pg_walfile_name(pg_switch_wal())");
+        wait_until(&format!("{name} is stored"), || self.log().contains(&format!("pushed {name}")));
+        name
+    }
+
+    /// The same for a server that stores its segments by `archive_command`.
+    pub fn archived_by_command(&self) {
         let written = self.sql("SELECT pg_walfile_name(pg_switch_wal())");
         wait_until(&format!("{written} is archived"), || {
             self.sql("SELECT coalesce(max(last_archived_wal), '') FROM pg_stat_archiver") >= written

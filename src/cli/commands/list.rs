@@ -6,11 +6,10 @@ use crate::cli::output;
 use crate::cli::setup::Setup;
 use crate::error::Result;
 use crate::model::{Generation, Timestamp, human_bytes};
-use crate::repository::manifest::BackupHead;
+use crate::repository::manifest::{BackupHead, Backups};
 use crate::repository::reach::Window;
 use crate::repository::{Claim, Repository};
 use crate::restore::Reachable;
-use crate::wal::WalFileName;
 
 /// A window and what its last segment tells of time.
 struct Stretch {
@@ -22,7 +21,10 @@ struct Stretch {
 pub async fn run(setup: &Setup) -> Result<i32> {
     let repository = setup.repository().await?;
     let claims = repository.claims(repository.generations().await?).await?;
-    let backups = repository.backups().await?;
+    let Backups { sound: backups, damaged } = repository.backups().await?;
+    for damage in &damaged {
+        setup.events.warning(format!("a backup cannot be used: {damage}"));
+    }
     let mut stretches = Vec::new();
     for tip in tips(&claims) {
         stretches.extend(stretches_of(&repository, tip).await?);
@@ -50,13 +52,15 @@ async fn stretches_of(repository: &Repository, tip: Generation) -> Result<Vec<St
     for window in reachable.windows()? {
         let number = window.last.and_then(|name| name.number(view.segment_size()).map(|number| (name, number)));
         let place = number.and_then(|(name, number)| Some((name, view.locate(name.timeline, number)?)));
-        let head = match place {
-            Some((name, place)) => repository.wal_head(place.generation, WalFileName::Segment(name)).await?,
+        let known = match place {
+            Some((name, place)) => {
+                Some(repository.segment_facts(&reachable.index, place, name, view.segment_size()).await?)
+            }
             None => None,
         };
         stretches.push(Stretch {
-            last_commit: head.as_ref().and_then(|head| head.last_commit),
-            last_push: head.map(|head| head.pushed_at),
+            last_commit: known.as_ref().and_then(|known| known.facts.last_commit),
+            last_push: known.map(|known| known.at),
             window,
         });
     }

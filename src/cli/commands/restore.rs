@@ -39,7 +39,12 @@ pub fn run(setup: &Setup, args: args::Restore) -> Result<i32> {
         let repository = setup.repository().await?;
         let choice = match args.dry_run {
             true => restore::choose(&repository, &options).await?,
-            false => restore::run(&repository, &options, &setup.events).await?.choice,
+            false => {
+                // Whatever is wrong is told before a directory is made.
+                restore::check(&repository, &options).await?;
+                let _lock = restore::lock(&options.data_dir)?;
+                restore::run(&repository, &options, &setup.events).await?.choice
+            }
         };
         if setup.global.json {
             return tell_json(&options, &choice, args.dry_run).map(|()| 0);
@@ -65,6 +70,7 @@ fn target(args: TargetArgs) -> Target {
         TargetArgs { to_xid: Some(xid), .. } => Target::Xid(xid),
         TargetArgs { to_name: Some(name), .. } => Target::Name(name),
         TargetArgs { immediate: true, .. } => Target::Immediate,
+        TargetArgs { before_gap: true, .. } => Target::BeforeGap,
         _ => Target::Newest,
     }
 }

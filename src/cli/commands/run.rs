@@ -5,13 +5,18 @@ use std::time::Duration;
 use crate::cli::setup::{Setup, callback, codec};
 use crate::cli::{args, environment, identity};
 use crate::error::{Error, Result};
+use crate::postgres::ConnectOptions;
 use crate::run;
 use crate::storage::{Location, Policy, Scheme};
 
 use super::wide;
 
 /// Defaults; each is documented at its flag in docs/reference/configuration.md.
-const RPO: Duration = Duration::from_secs(60);
+const RPO: Duration = Duration::from_secs(1);
+const LINGER: Duration = Duration::from_millis(3);
+const IN_FLIGHT: u8 = 4;
+const HEARTBEAT: Duration = Duration::from_secs(30);
+const GRACE: Duration = Duration::from_secs(25);
 const TAKEOVER_AFTER: Duration = Duration::from_secs(60);
 const BACKUP_EVERY: Duration = Duration::from_secs(86_400);
 
@@ -29,16 +34,22 @@ pub fn run(setup: &Setup, args: args::Run) -> Result<i32> {
             init: args.init,
             adopt: args.adopt,
             codec: codec(&args.codec)?,
-            rpo: rpo(setup, args.rpo)?,
+            discard_diverged: args.discard_diverged,
+            rpo: duration(setup, args.rpo, setup.config.rpo.as_ref(), RPO)?,
+            linger: duration(setup, args.linger, setup.config.linger.as_ref(), LINGER)?,
+            in_flight: in_flight(setup, args.in_flight)?,
+            heartbeat: duration(setup, args.heartbeat, setup.config.heartbeat.as_ref(), HEARTBEAT)?,
+            grace: duration(setup, args.grace, setup.config.grace.as_ref(), GRACE)?,
             takeover_after: duration(setup, args.takeover_after, setup.config.takeover_after.as_ref(), TAKEOVER_AFTER)?,
             backup_every: duration(setup, args.backup_every, setup.config.backup_every.as_ref(), BACKUP_EVERY)?,
+            http: args.http.or_else(|| setup.config.http.clone()),
             postgres_options: args.postgres_options,
             initdb_options: args.initdb_option,
             pg_bindir: args.pg_bindir.or_else(|| setup.config.pg_bindir.clone()),
             search_path: environment::search_path(),
-            connect: environment::connection(),
+            // Always the server we started, wherever its sockets are.
+            connect: ConnectOptions { host: None, port: None, ..environment::connection() },
             host: environment::host_name(),
-            push_command: callback(&setup.global, &location, "push")?,
             fetch_command: callback(&setup.global, &location, "fetch")?,
         };
         run::run(store, &options, &setup.clock, &setup.events).await
@@ -71,11 +82,9 @@ fn duration(
     Ok(given.or(setup.configured(configured)?).unwrap_or(default))
 }
 
-fn rpo(setup: &Setup, given: Option<Duration>) -> Result<Duration> {
-    let rpo = duration(setup, given, setup.config.rpo.as_ref(), RPO)?;
-    if rpo < Duration::from_secs(1) {
-        return Err(Error::refused("an RPO of less than a second needs the live log, which this version does not have yet")
-            .hint("the least this version can promise is --rpo 1s: a segment is archived every second in which something was written"));
+fn in_flight(setup: &Setup, given: Option<u8>) -> Result<usize> {
+    match given.or(setup.config.in_flight).unwrap_or(IN_FLIGHT) {
+        number @ 1..=16 => Ok(number.into()),
+        other => Err(Error::usage(format!("in_flight = {other}: expected 1 to 16"))),
     }
-    Ok(rpo)
 }

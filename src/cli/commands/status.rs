@@ -6,19 +6,19 @@ use serde_json::json;
 
 use crate::cli::setup::Setup;
 use crate::cli::{args, output};
-use crate::error::{IoContext, Result};
+use crate::error::Result;
 use crate::model::{Lsn, Timestamp};
 use crate::postgres::data_dir::OWN_DIR;
 use crate::repository::manifest::BackupHead;
-use crate::repository::{Claim, Repository, WalHead, Writer};
+use crate::repository::{Claim, Known, Repository, Writer};
 use crate::restore::Reachable;
-use crate::wal::{SegmentName, WalFileName};
+use crate::wal::SegmentName;
 
 #[derive(Default)]
 struct Report {
     newest: Option<Claim>,
     /// The newest segment, its end, and what its head says.
-    durable: Option<(SegmentName, Lsn, WalHead)>,
+    durable: Option<(SegmentName, Lsn, Known)>,
     gap: Option<SegmentName>,
     backup: Option<BackupHead>,
     local: Option<Local>,
@@ -26,14 +26,15 @@ struct Report {
 
 struct Local {
     writer: Option<Writer>,
-    waiting: u64,
+    /// What the supervisor of the directory says, if one runs.
+    supervisor: Option<serde_json::Value>,
 }
 
 pub async fn run(setup: &Setup, args: args::Status) -> Result<i32> {
     let repository = setup.repository().await?;
     let mut report = look(&repository).await?;
     if let Some(data_dir) = args.data_dir.or_else(|| setup.config.data_dir.clone()) {
-        report.local = Some(look_locally(&data_dir)?);
+        report.local = Some(look_locally(&data_dir).await?);
     }
     let now = setup.clock.now();
     if setup.global.json {
@@ -55,29 +56,31 @@ async fn look(repository: &Repository) -> Result<Report> {
     report.backup = usable.last().map(|(head, _)| (*head).clone());
     report.gap = usable.last().and_then(|(_, coverage)| coverage.gap.then_some(coverage.next));
     let newest_segment = view.history.spans().rev().find_map(|(timeline, ..)| {
-        view.index
-            .segments(timeline)
-            .rev()
-            .find(|(number, _)| view.is_on_the_way(timeline, *number))
-            .map(|found| (timeline, found))
+        let numbers = view.index.segments(timeline).rev().map(|(number, _)| number);
+        numbers.into_iter().find_map(|number| Some((timeline, number, view.locate(timeline, number)?)))
     });
-    if let Some((timeline, (number, place))) = newest_segment {
+    if let Some((timeline, number, place)) = newest_segment {
         let name = SegmentName::new(timeline, number, size);
-        let head = repository.wal_head(place.generation, WalFileName::Segment(name)).await?;
-        report.durable = head.map(|head| (name, size.start_of(number + 1), head));
+        let known = repository.segment_facts(&reachable.index, place, name, size).await?;
+        report.durable = Some((name, place.through(size.start_of(number + 1)), known));
     }
     Ok(report)
 }
 
-fn look_locally(data_dir: &Path) -> Result<Local> {
+async fn look_locally(data_dir: &Path) -> Result<Local> {
     let writer = Writer::load(&data_dir.join(OWN_DIR))?;
-    let status = data_dir.join("pg_wal/archive_status");
-    let mut waiting = 0;
-    for entry in std::fs::read_dir(&status).on("list directory", &status)? {
-        let name = entry.on("list directory", &status)?.file_name();
-        waiting += u64::from(name.to_string_lossy().ends_with(".ready"));
-    }
-    Ok(Local { writer, waiting })
+    Ok(Local { writer, supervisor: ask(data_dir).await })
+}
+
+/// Asks the supervisor; `None` when none answers.
+async fn ask(data_dir: &Path) -> Option<serde_json::Value> {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    let mut stream = tokio::net::UnixStream::connect(crate::run::socket_path(data_dir)).await.ok()?;
+    stream.write_all(b"GET /status HTTP/1.0\r\n\r\n").await.ok()?;
+    let mut answer = Vec::new();
+    stream.read_to_end(&mut answer).await.ok()?;
+    let at = answer.windows(4).position(|window| window == b"\r\n\r\n")?;
+    serde_json::from_slice(&answer[at + 4..]).ok()
 }
 
 fn age(at: Timestamp, now: Timestamp) -> String {
@@ -100,9 +103,9 @@ fn tell(repository: &Repository, report: &Report, now: Timestamp) {
         age(newest.claimed_at, now)
     ));
     match &report.durable {
-        Some((name, end, head)) => {
-            output::line(format!("durable WAL     through {end} ({name}), pushed {} ago", age(head.pushed_at, now)));
-            if let Some(commit) = head.last_commit {
+        Some((name, end, known)) => {
+            output::line(format!("durable WAL     through {end} ({name}), stored {} ago", age(known.at, now)));
+            if let Some(commit) = known.facts.last_commit {
                 output::line(format!("last commit     {commit} ({} ago)", age(commit, now)));
             }
         }
@@ -119,23 +122,32 @@ fn tell(repository: &Repository, report: &Report, now: Timestamp) {
             "GAP             {missing} is missing: points after it cannot be reached from this backup"
         ));
     }
-    if let Some(local) = &report.local {
-        let generation = local.writer.as_ref().map_or("none".to_owned(), |writer| writer.claim.generation.to_string());
-        output::line(format!(
-            "this directory  generation {generation}, {} WAL files wait to be archived",
-            local.waiting
-        ));
+    let Some(local) = &report.local else { return };
+    let generation = local.writer.as_ref().map_or("none".to_owned(), |writer| writer.claim.generation.to_string());
+    output::line(format!("this directory  generation {generation}"));
+    let Some(told) = &local.supervisor else { return output::line("this machine    no supervisor is running here") };
+    output::line(format!(
+        "this machine    {}, WAL durable up to {} of {}: {} bytes, {:.1} s behind",
+        told["phase"].as_str().unwrap_or("?"),
+        told["durable_lsn"].as_str().unwrap_or("?"),
+        told["server_lsn"].as_str().unwrap_or("?"),
+        told["bytes_behind"],
+        told["seconds_behind"].as_f64().unwrap_or_default()
+    ));
+    if told["commits_wait"] == true {
+        output::line("COMMITS WAIT    the repository cannot be reached, and --rpo 0 was asked for");
     }
+    output::line(format!("requests        {} with WAL in the last hour", told["entries_last_hour"]));
 }
 
 fn tell_json(repository: &Repository, report: &Report, now: Timestamp) -> Result<()> {
-    let durable = report.durable.as_ref().map(|(name, end, head)| {
+    let durable = report.durable.as_ref().map(|(name, end, known)| {
         json!({
             "through_lsn": end,
             "segment": name.to_string(),
-            "pushed_at": head.pushed_at,
-            "age_seconds": now.seconds_since(head.pushed_at).max(0.0),
-            "last_commit": head.last_commit,
+            "stored_at": known.at,
+            "age_seconds": now.seconds_since(known.at).max(0.0),
+            "last_commit": known.facts.last_commit,
         })
     });
     output::json(&json!({
@@ -148,7 +160,7 @@ fn tell_json(repository: &Repository, report: &Report, now: Timestamp) -> Result
         "newest_backup": report.backup.as_ref().map(super::list::backup_json),
         "local": report.local.as_ref().map(|local| json!({
             "generation": local.writer.as_ref().map(|writer| writer.claim.generation),
-            "wal_files_waiting": local.waiting,
+            "supervisor": local.supervisor,
         })),
     }))
 }

@@ -35,9 +35,6 @@ pub async fn fetch(setup: &Setup, args: args::WalFetch) -> Result<i32> {
     let name: WalFileName = args.name.parse()?;
     let options = history(args.history);
     let in_data_dir = Path::new("PG_VERSION").is_file();
-    if let (Some(generation), true) = (options.generation, in_data_dir) {
-        claim::note_origin(Path::new(OWN_DIR), generation)?;
-    }
     let location = setup.location(None)?;
     let fetched = match recovering_server(&args, in_data_dir)? {
         Some(postmaster) => {
@@ -50,6 +47,9 @@ pub async fn fetch(setup: &Setup, args: args::WalFetch) -> Result<i32> {
         Some(fetched) => fetched,
         None => {
             let repository = Repository::open(setup.store(&location, patient())?, &setup.clock).await?;
+            if in_data_dir {
+                note_origin(&repository, options)?;
+            }
             Source::open(repository, options).await?.fetch(name, &args.path).await?
         }
     };
@@ -67,9 +67,18 @@ pub async fn helper(setup: &Setup, args: args::WalHelper) -> Result<i32> {
     let location = setup.location(None)?;
     let repository = Repository::open(setup.store(&location, patient())?, &setup.clock).await?;
     let options = history(args.history);
+    note_origin(&repository, options)?;
     helper::serve(repository, options, args.postmaster, helper::history_key(&location.to_string(), options))
         .await
         .map(|()| 0)
+}
+
+/// A directory that is recovered to a generation remembers which: should it become the database, that is its parent.
+fn note_origin(repository: &Repository, options: FetchOptions) -> Result<()> {
+    match options.generation {
+        Some(generation) => claim::note_origin(Path::new(OWN_DIR), repository.descriptor().repository_id, generation),
+        None => Ok(()),
+    }
 }
 
 fn patient() -> Policy {
@@ -77,7 +86,7 @@ fn patient() -> Policy {
 }
 
 fn history(args: HistoryArgs) -> FetchOptions {
-    FetchOptions { generation: args.generation, oldest: args.oldest, timeline: args.timeline }
+    FetchOptions { generation: args.generation, oldest: args.oldest, timeline: args.timeline, through: args.through }
 }
 
 /// The postmaster whose recovery asks, if one does: pg_rewind and people ask too, and want nothing fetched ahead.
@@ -103,6 +112,7 @@ fn start_helper(setup: &Setup, history: &HistoryArgs, postmaster: i32) -> Result
     command.args(history.generation.iter().map(|generation| format!("--generation={generation}")));
     command.args(history.oldest.iter().map(|oldest| format!("--oldest={oldest}")));
     command.args(history.timeline.iter().map(|timeline| format!("--timeline={timeline}")));
+    command.args(history.through.iter().map(|through| format!("--through={through}")));
     // Its own process group and no descriptor of ours: PostgreSQL must neither wait for it nor signal it.
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).process_group(0);
     command.spawn().on("start", &program).map(drop)
