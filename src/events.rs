@@ -117,6 +117,17 @@ pub enum Event {
         behind: Duration,
         durable: Lsn,
     },
+    /// A line of the server's own log.
+    ServerSays {
+        line: String,
+    },
+    /// A session that waited for its commit to become durable was cancelled, and was told that it has committed.
+    WaitCancelled,
+    /// The platform says that this machine will go away or should be left.
+    Notice {
+        what: String,
+        leaves: bool,
+    },
     /// Another machine has taken over.
     Fenced {
         local: Lsn,
@@ -134,10 +145,13 @@ impl Event {
         match self {
             BackupProgress { .. } | RestoreProgress { .. } | SegmentPushed { .. } => Level::Detail,
             StoreRetry { attempt, .. } if *attempt < 3 => Level::Detail,
-            StoreRetry { .. } | BackupFailed { .. } => Level::Warning,
-            PageDamaged { .. } | PagesDamaged { .. } | WalLeftBehind { .. } | LogLags { .. } | Fenced { .. } => {
-                Level::Alarm
-            }
+            StoreRetry { .. } | BackupFailed { .. } | Notice { .. } => Level::Warning,
+            PageDamaged { .. }
+            | PagesDamaged { .. }
+            | WalLeftBehind { .. }
+            | LogLags { .. }
+            | WaitCancelled
+            | Fenced { .. } => Level::Alarm,
             Note { level, .. } => *level,
             _ => Level::Info,
         }
@@ -206,6 +220,12 @@ impl fmt::Display for Event {
             LogLags { behind, durable } => {
                 write!(f, "WAL has waited for {:.1} s to become durable; it is up to {durable}", behind.as_secs_f64())
             }
+            ServerSays { line } => f.write_str(line),
+            WaitCancelled => f.write_str(
+                "a client was told that its transaction has committed before that was durable: its wait was cancelled",
+            ),
+            Notice { what, leaves: true } => write!(f, "the platform takes this machine away: {what}"),
+            Notice { what, leaves: false } => write!(f, "the platform advises to leave this machine: {what}"),
             Fenced { local, durable } => write!(
                 f,
                 "another machine has taken over: the log was ended at {durable}, WAL of this machine goes to {local}; \

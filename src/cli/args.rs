@@ -117,6 +117,9 @@ pub struct Run {
     /// Tell readiness (/ready), status (/status) and metrics (/metrics) on this address and port
     #[arg(long, value_name = "ADDRESS:PORT", env = "PERENNIAL_HTTP", hide_env_values = true)]
     pub http: Option<String>,
+    /// Heed the notices of this platform that the machine will go away (spot interruption, auto scaling): stop in time
+    #[arg(long, value_enum, value_name = "PLATFORM", env = "PERENNIAL_NOTICES", hide_env_values = true)]
+    pub notices: Option<Platform>,
     /// How often to take a base backup
     #[arg(long, value_name = "DURATION", value_parser = parse_duration, env = "PERENNIAL_BACKUP_EVERY", hide_env_values = true)]
     pub backup_every: Option<Duration>,
@@ -131,6 +134,13 @@ pub struct Run {
     /// Options for postgres
     #[arg(last = true, value_name = "POSTGRES OPTIONS")]
     pub postgres_options: Vec<String>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Platform {
+    /// Amazon EC2, by its instance metadata service (IMDSv2)
+    Ec2,
 }
 
 #[derive(Debug, ClapArgs)]

@@ -22,6 +22,7 @@ pub struct Config {
     pub heartbeat: Option<String>,
     pub grace: Option<String>,
     pub http: Option<String>,
+    pub notices: Option<super::args::Platform>,
     pub pg_bindir: Option<std::path::PathBuf>,
     /// How long a request to the store is tried before it is given up.
     pub patience: Option<String>,

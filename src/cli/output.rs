@@ -55,6 +55,8 @@ pub fn events(global: &Global) -> Events {
                 let news = bar.is_news(*done, *total);
                 (news && least <= Level::Info).then(|| print(&clock, Level::Info, event));
             }
+            // As the server wrote it, whatever was asked of our own lines.
+            Event::ServerSays { line } => bar.aside(|| to_stderr(&format!("{line}\n"))),
             _ if event.level() >= least => bar.aside(|| print(&clock, event.level(), event)),
             _ => (),
         }

@@ -28,6 +28,22 @@ pub struct ServerCommand {
     pub directory: PathBuf,
 }
 
+/// Who is given the lines that a server writes to its standard error, until its logging collector takes over.
+pub type Listener = Box<dyn Fn(&str) + Send>;
+
+/// Looks for the end of a server's output once it has ended, 10 ms apart.
+const LAST_LINES: u32 = 50;
+
+fn listen(lines: std::process::ChildStderr, listener: &Listener) {
+    use std::io::BufRead;
+    for line in std::io::BufReader::new(lines).split(b'\n') {
+        match line {
+            Ok(line) => listener(&String::from_utf8_lossy(&line)),
+            Err(_) => return,
+        }
+    }
+}
+
 /// A running child. Its end is seen however it comes.
 #[derive(Debug, Clone)]
 pub struct Postmaster {
@@ -40,7 +56,7 @@ impl Postmaster {
     /// without a word, the kernel sends it SIGQUIT: neither outlives the other.
     ///
     /// The kernel means the *thread* that started it; a thread of its own does that and lives as long as the server.
-    pub fn start(command: &ServerCommand) -> Result<Postmaster> {
+    pub fn start(command: &ServerCommand, listener: Listener) -> Result<Postmaster> {
         let (started, pid) = std::sync::mpsc::channel();
         let (end, ended) = watch::channel(None);
         let command = command.clone();
@@ -51,7 +67,8 @@ impl Postmaster {
                 .args(&command.arguments)
                 .current_dir(&command.directory)
                 .process_group(0)
-                .stdin(std::process::Stdio::null());
+                .stdin(std::process::Stdio::null())
+                .stderr(std::process::Stdio::piped());
             // SAFETY: between fork and exec only two system calls are made; neither allocates nor takes a lock.
             unsafe {
                 child.pre_exec(move || {
@@ -66,7 +83,15 @@ impl Postmaster {
             match child.spawn() {
                 Ok(mut child) => {
                     let _ = started.send(Ok(child.id()));
+                    let lines = child.stderr.take().map(|lines| std::thread::spawn(move || listen(lines, &listener)));
                     let status = child.wait().unwrap_or_else(|_| ExitStatus::from_raw(-1));
+                    // Its last words come before its end. A process it left behind may keep the pipe open: not for ever.
+                    for _ in 0..LAST_LINES {
+                        if lines.as_ref().is_none_or(std::thread::JoinHandle::is_finished) {
+                            break;
+                        }
+                        std::thread::park_timeout(std::time::Duration::from_millis(10));
+                    }
                     let _ = end.send(Some(status));
                 }
                 Err(e) => {
@@ -231,11 +256,14 @@ mod tests {
     async fn a_child_ends_with_its_status_and_is_never_signalled_after() {
         let command = ServerCommand {
             program: "/bin/sh".into(),
-            arguments: vec!["-c".into(), "exit 3".into()],
+            arguments: vec!["-c".into(), "echo one >&2; echo two >&2; exit 3".into()],
             directory: "/".into(),
         };
-        let mut child = Postmaster::start(&command).expect("started");
+        let (said, heard) = std::sync::mpsc::channel();
+        let listener = Box::new(move |line: &str| said.send(line.to_owned()).expect("heard"));
+        let mut child = Postmaster::start(&command, listener).expect("started");
         assert_eq!(child.wait().await.code(), Some(3));
+        assert_eq!(heard.try_iter().collect::<Vec<_>>(), ["one", "two"], "its last words come before its end");
         child.stop(Stop::Immediate);
         assert_eq!(child.has_ended().and_then(|status| status.code()), Some(3));
     }
@@ -244,6 +272,11 @@ mod tests {
     fn a_program_that_is_not_there_is_named() {
         let command =
             ServerCommand { program: "/no/such/postgres".into(), arguments: Vec::new(), directory: "/".into() };
-        assert!(Postmaster::start(&command).expect_err("not there").to_string().contains("/no/such/postgres"));
+        assert!(
+            Postmaster::start(&command, Box::new(|_| ()))
+                .expect_err("not there")
+                .to_string()
+                .contains("/no/such/postgres")
+        );
     }
 }

@@ -12,41 +12,55 @@ const USER_DATA: &str = "PERENNIAL_REPO=";
 /// The service is on the machine: a slow answer is no answer.
 const PATIENCE: Duration = Duration::from_secs(2);
 
-/// Asks the metadata service at `endpoint` (`http://169.254.169.254` on EC2). `None` when it answers and knows nothing.
-pub async fn address_from_metadata(endpoint: &str) -> Result<Option<String>> {
-    let client = reqwest::Client::builder()
-        .timeout(PATIENCE)
-        .no_proxy()
-        .build()
-        .map_err(|e| Error::internal("no HTTP client").source(e))?;
-    let endpoint = endpoint.trim_end_matches('/');
-    let token = client
-        .put(format!("{endpoint}/latest/api/token"))
-        .header("x-aws-ec2-metadata-token-ttl-seconds", "60")
-        .send()
-        .await
-        .and_then(reqwest::Response::error_for_status)
-        .map_err(|e| unreachable(endpoint, e))?
-        .text()
-        .await
-        .map_err(|e| unreachable(endpoint, e))?;
-    let get = |path: &'static str| {
-        let request = client.get(format!("{endpoint}{path}")).header("x-aws-ec2-metadata-token", token.clone());
-        async move {
-            let answer = request.send().await.map_err(|e| unreachable(endpoint, e))?;
-            match answer.status() {
-                reqwest::StatusCode::NOT_FOUND => Ok(None),
-                _ => {
-                    let answer = answer.error_for_status().map_err(|e| unreachable(endpoint, e))?;
-                    answer.text().await.map(Some).map_err(|e| unreachable(endpoint, e))
-                }
-            }
+/// A session with the metadata service (IMDSv2).
+pub(super) struct Metadata {
+    client: reqwest::Client,
+    endpoint: String,
+    token: String,
+}
+
+impl Metadata {
+    /// `endpoint` is `http://169.254.169.254` on EC2.
+    pub async fn open(endpoint: &str) -> Result<Metadata> {
+        let client = reqwest::Client::builder()
+            .timeout(PATIENCE)
+            .no_proxy()
+            .build()
+            .map_err(|e| Error::internal("no HTTP client").source(e))?;
+        let endpoint = endpoint.trim_end_matches('/').to_owned();
+        let token = client
+            .put(format!("{endpoint}/latest/api/token"))
+            .header("x-aws-ec2-metadata-token-ttl-seconds", "600")
+            .send()
+            .await
+            .and_then(reqwest::Response::error_for_status)
+            .map_err(|e| unreachable(&endpoint, e))?
+            .text()
+            .await
+            .map_err(|e| unreachable(&endpoint, e))?;
+        Ok(Metadata { client, endpoint, token })
+    }
+
+    /// The text at a path; `None` when the service says that there is none.
+    pub async fn get(&self, path: &str) -> Result<Option<String>> {
+        let request = self.client.get(format!("{}{path}", self.endpoint));
+        let answer = request.header("x-aws-ec2-metadata-token", &self.token).send().await;
+        let answer = answer.map_err(|e| unreachable(&self.endpoint, e))?;
+        if answer.status() == reqwest::StatusCode::NOT_FOUND {
+            return Ok(None);
         }
-    };
-    if let Some(tag) = get("/latest/meta-data/tags/instance/perennial-repo").await? {
+        let answer = answer.error_for_status().map_err(|e| unreachable(&self.endpoint, e))?;
+        answer.text().await.map(Some).map_err(|e| unreachable(&self.endpoint, e))
+    }
+}
+
+/// Asks the metadata service for the repository's address. `None` when it answers and knows nothing.
+pub async fn address_from_metadata(endpoint: &str) -> Result<Option<String>> {
+    let metadata = Metadata::open(endpoint).await?;
+    if let Some(tag) = metadata.get("/latest/meta-data/tags/instance/perennial-repo").await? {
         return Ok(Some(tag.trim().to_owned()));
     }
-    Ok(get("/latest/user-data").await?.and_then(|text| from_user_data(&text)))
+    Ok(metadata.get("/latest/user-data").await?.and_then(|text| from_user_data(&text)))
 }
 
 /// The first line `PERENNIAL_REPO=…`, wherever it stands: user data may be a script, a cloud-config or just this.

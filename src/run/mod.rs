@@ -3,6 +3,7 @@
 pub mod boot;
 mod facts;
 mod metadata;
+mod notices;
 mod schedule;
 mod server;
 mod streaming;
@@ -55,6 +56,8 @@ pub struct Options {
     pub backup_every: Duration,
     /// Address and port on which readiness, status and metrics are told.
     pub http: Option<String>,
+    /// Where to ask for notices that the machine will go away.
+    pub notices: Option<String>,
     pub postgres_options: Vec<String>,
     pub initdb_options: Vec<String>,
     pub pg_bindir: Option<PathBuf>,

@@ -11,7 +11,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use super::server::{self, Stage};
 use super::streaming::Streaming;
-use super::{Options, Start, schedule, telling};
+use super::{Options, Start, notices, schedule, telling};
 use crate::archive::push::Pusher;
 use crate::archive::stream::{Order, catch_up, watch_lag};
 use crate::clock::Clock;
@@ -19,7 +19,7 @@ use crate::error::{Error, IoContext, Kind, Result};
 use crate::events::{Event, Events};
 use crate::model::Lsn;
 use crate::postgres::control_file::State;
-use crate::postgres::process::Stop;
+use crate::postgres::process::{Listener, Stop};
 use crate::postgres::{ControlFile, Install, Postmaster, version_of};
 use crate::repository::log::Appender;
 use crate::status::Board;
@@ -98,7 +98,7 @@ impl Keeper<'_> {
             let text = format!("{} -D {}", command.program.display(), self.options.data_dir.display());
             self.events.emit(Event::ServerStarting { command: text });
         }
-        let mut server = Postmaster::start(&command)?;
+        let mut server = Postmaster::start(&command, listener(self.events))?;
         let streaming =
             self.streaming.get_or_insert_with(|| Streaming::start(self.options, self.pusher, self.start, server.pid()));
         // Until the log is open nothing is held back: everybody waits for it.
@@ -123,6 +123,9 @@ impl Keeper<'_> {
         };
         tokio::pin!(care);
         let _followed = telling::follow(&self.board, streamed);
+        let notice = notices::until_leaving(self.options.notices.as_deref(), &self.clock, self.events);
+        tokio::pin!(notice);
+        let mut noticed = false;
         let mut end = StageEnd { status: ExitStatus::from_raw(0), over: false, failure: None };
         let (mut caring, mut stop_asked) = (true, false);
         loop {
@@ -171,9 +174,10 @@ impl Keeper<'_> {
                     server.stop(if error.kind() == Kind::Fenced { Stop::Immediate } else { Stop::Fast });
                     end.failure = Some(error);
                 }
-                what = self.signals.next() => match what {
+                what = asked(&mut self.signals, &mut notice, noticed) => match what {
                     Asked::Reload => server.reload(),
                     Asked::Stop(name) => {
+                        noticed |= name == NOTICE;
                         let how = if stop_asked { Stop::Immediate } else { Stop::Fast };
                         self.events.emit(Event::Stopping { why: format!("{name} received, {how:?} stop").to_lowercase() });
                         // A backup in progress holds a session that a fast stop would end anyway. What is durable last
@@ -336,9 +340,33 @@ fn exit_code(status: ExitStatus) -> i32 {
     status.code().or_else(|| status.signal().map(|signal| 128 + signal)).unwrap_or(1)
 }
 
+/// What a stop is called that the platform's notice asked for.
+const NOTICE: &str = "notice";
+
 enum Asked {
     Stop(&'static str),
     Reload,
+}
+
+/// The next signal, or the notice that the machine goes away, which is one too.
+async fn asked(signals: &mut Signals, notice: &mut (impl Future<Output = String> + Unpin), noticed: bool) -> Asked {
+    tokio::select! {
+        asked = signals.next() => asked,
+        _ = notice, if !noticed => Asked::Stop(NOTICE),
+    }
+}
+
+/// Passes the server's lines on, and hears what is to be told of them. The words are those of PostgreSQL in English
+/// (replication/syncrep.c); with another `lc_messages` this one goes unheard.
+fn listener(events: &Events) -> Listener {
+    const CANCELLED: &str = "canceling wait for synchronous replication due to user request";
+    let events = events.clone();
+    Box::new(move |line| {
+        events.emit(Event::ServerSays { line: line.to_owned() });
+        if line.contains(CANCELLED) {
+            events.emit(Event::WaitCancelled);
+        }
+    })
 }
 
 struct Signals {

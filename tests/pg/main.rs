@@ -16,6 +16,7 @@ mod support;
 mod boots;
 mod damage;
 mod live_backup;
+mod outages;
 mod shapes;
 mod survive;
 mod targets;

@@ -43,6 +43,7 @@ pub fn run(setup: &Setup, args: args::Run) -> Result<i32> {
             takeover_after: duration(setup, args.takeover_after, setup.config.takeover_after.as_ref(), TAKEOVER_AFTER)?,
             backup_every: duration(setup, args.backup_every, setup.config.backup_every.as_ref(), BACKUP_EVERY)?,
             http: args.http.or_else(|| setup.config.http.clone()),
+            notices: args.notices.or(setup.config.notices).map(|args::Platform::Ec2| environment::metadata_endpoint()),
             postgres_options: args.postgres_options,
             initdb_options: args.initdb_option,
             pg_bindir: args.pg_bindir.or_else(|| setup.config.pg_bindir.clone()),
