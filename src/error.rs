@@ -65,6 +65,10 @@ impl Error {
         Error::new(Kind::Damaged, message)
     }
 
+    pub fn unreachable(message: impl Into<String>) -> Error {
+        Error::new(Kind::Unreachable, message)
+    }
+
     pub fn postgres(message: impl Into<String>) -> Error {
         Error::new(Kind::Postgres, message)
     }

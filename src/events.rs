@@ -117,6 +117,16 @@ pub enum Event {
         behind: Duration,
         durable: Lsn,
     },
+    /// WAL was given up before it reached the repository.
+    WalGap {
+        durable: Lsn,
+        why: String,
+    },
+    /// Commits are made to wait, or not any more, because too much WAL waits for the repository.
+    HeldBack {
+        behind: u64,
+        held: bool,
+    },
     /// A line of the server's own log.
     ServerSays {
         line: String,
@@ -151,6 +161,8 @@ impl Event {
             | WalLeftBehind { .. }
             | LogLags { .. }
             | WaitCancelled
+            | WalGap { .. }
+            | HeldBack { held: true, .. }
             | Fenced { .. } => Level::Alarm,
             Note { level, .. } => *level,
             _ => Level::Info,
@@ -219,6 +231,17 @@ impl fmt::Display for Event {
             }
             LogLags { behind, durable } => {
                 write!(f, "WAL has waited for {:.1} s to become durable; it is up to {durable}", behind.as_secs_f64())
+            }
+            WalGap { durable, why } => write!(
+                f,
+                "WAL after {durable} was given up before it reached the repository ({why}): points after it cannot be \
+                 restored until the base backup that begins now"
+            ),
+            HeldBack { behind, held: true } => {
+                write!(f, "{} of WAL wait for the repository: commits wait from now on", human_bytes(*behind))
+            }
+            HeldBack { behind, held: false } => {
+                write!(f, "commits do not wait any more: {} of WAL are left", human_bytes(*behind))
             }
             ServerSays { line } => f.write_str(line),
             WaitCancelled => f.write_str(

@@ -28,6 +28,10 @@ const REPORT: Duration = Duration::from_secs(5);
 /// Pieces up to this size are compressed on the spot; larger ones on a thread of their own.
 const SMALL: usize = 64 << 10;
 
+/// A connection from which nothing was read for this long is given up until there is room again: a walsender that cannot
+/// send can neither be ended nor let go of its slot, and a checkpoint that wants either would wait for us.
+const FULL: Duration = Duration::from_secs(5);
+
 const FIRST_WAIT: Duration = Duration::from_millis(50);
 const LONGEST_WAIT: Duration = Duration::from_secs(2);
 
@@ -198,14 +202,20 @@ impl Stream {
     /// Streams until the connection ends; returns why it did.
     async fn with_connection(&mut self, mut connection: Replication) -> Result<Error> {
         let mut next_report = self.clock.monotonic() + REPORT;
+        let mut full_since = None;
         loop {
             self.compactor.start(self.log.durable());
             while self.is_due() {
                 self.append_some().await?;
             }
             let now = self.clock.monotonic();
-            let alarm = self.next_alarm(now).min(next_report);
-            let room = self.buffer.len() < ENTRY_MAX;
+            let room = self.has_room();
+            full_since = if room { None } else { full_since.or(Some(now)) };
+            let give_up = full_since.map_or(Duration::MAX, |since: Duration| since + FULL);
+            if give_up <= now {
+                return Ok(Error::unreachable("the repository takes no WAL: no more is received until it does"));
+            }
+            let alarm = self.next_alarm(now).min(next_report).min(give_up);
             tokio::select! {
                 biased;
                 landed = self.log.landed(), if self.log.in_flight() > 0 => {
@@ -363,13 +373,20 @@ impl Stream {
         alarm
     }
 
-    /// Waits while there is no connection; what is on its way goes on.
+    fn has_room(&self) -> bool {
+        self.buffer.len() < ENTRY_MAX
+    }
+
+    /// Waits while there is no connection, and while there is no use for one; what is on its way goes on.
     async fn pass(&mut self, wait: Duration) -> Result<()> {
         let until = self.clock.monotonic() + wait;
         loop {
-            let left = until.saturating_sub(self.clock.monotonic());
-            if left.is_zero() {
+            let mut left = until.saturating_sub(self.clock.monotonic());
+            if left.is_zero() && self.has_room() {
                 return Ok(());
+            }
+            if !self.has_room() {
+                left = REPORT;
             }
             while self.is_due() {
                 self.append_some().await?;
@@ -382,7 +399,7 @@ impl Stream {
                         return Ok(());
                     }
                 }
-                () = self.clock.sleep(left) => return Ok(()),
+                () = self.clock.sleep(left) => (),
             }
         }
     }

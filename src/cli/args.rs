@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
 
-use crate::model::{BackupId, Generation, Lsn, Timeline, Timestamp, parse_duration};
+use crate::model::{BackupId, ByteSize, Generation, Lsn, Timeline, Timestamp, parse_duration};
 
 /// PostgreSQL on machines that can vanish: backup, WAL archive, restore and supervision on an object store.
 #[derive(Debug, Parser)]
@@ -111,6 +111,12 @@ pub struct Run {
     /// How often an idle writer shows that it lives; 0 for never [default: 30s]
     #[arg(long, value_name = "DURATION", value_parser = parse_duration, env = "PERENNIAL_HEARTBEAT", hide_env_values = true)]
     pub heartbeat: Option<Duration>,
+    /// How much WAL may wait on the local disk for a repository that cannot be reached [default: no bound]
+    #[arg(long, value_name = "SIZE", env = "PERENNIAL_MAX_WAL_BEHIND", hide_env_values = true)]
+    pub max_wal_behind: Option<ByteSize>,
+    /// What happens past --max-wal-behind [default: block]
+    #[arg(long, value_enum, env = "PERENNIAL_WHEN_BEHIND", hide_env_values = true)]
+    pub when_behind: Option<WhenBehindArg>,
     /// How long a stop may take before the server is stopped at once and what is left is given up [default: 25s]
     #[arg(long, value_name = "DURATION", value_parser = parse_duration, env = "PERENNIAL_GRACE", hide_env_values = true)]
     pub grace: Option<Duration>,
@@ -134,6 +140,15 @@ pub struct Run {
     /// Options for postgres
     #[arg(last = true, value_name = "POSTGRES OPTIONS")]
     pub postgres_options: Vec<String>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum WhenBehindArg {
+    /// Commits wait until the repository is there again
+    Block,
+    /// WAL is given up: a gap that no restore crosses, and a new base backup at once
+    Drop,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, serde::Deserialize)]

@@ -21,6 +21,8 @@ pub struct Config {
     pub in_flight: Option<u8>,
     pub heartbeat: Option<String>,
     pub grace: Option<String>,
+    pub max_wal_behind: Option<String>,
+    pub when_behind: Option<super::args::WhenBehindArg>,
     pub http: Option<String>,
     pub notices: Option<super::args::Platform>,
     pub pg_bindir: Option<std::path::PathBuf>,

@@ -181,6 +181,18 @@ impl Client {
         })
     }
 
+    /// Drops a replication slot if it is there; whoever uses it is ended.
+    pub async fn drop_slot(&self, name: &str) -> Result<()> {
+        let of = format!("FROM pg_replication_slots WHERE slot_name = '{name}'");
+        self.execute(&format!("SELECT pg_terminate_backend(active_pid) {of} AND active_pid IS NOT NULL")).await?;
+        self.execute(&format!("SELECT pg_drop_replication_slot(slot_name) {of}")).await
+    }
+
+    /// How far WAL is flushed on the server's disk.
+    pub async fn flushed(&self) -> Result<Lsn> {
+        Ok(self.text("pg_current_wal_flush_lsn()").await?.parse()?)
+    }
+
     /// The server's own clock.
     pub async fn now(&self) -> Result<Timestamp> {
         let micros = self.parsed("(extract(epoch FROM clock_timestamp()) * 1000000)::bigint").await?;

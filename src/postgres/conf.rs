@@ -33,6 +33,21 @@ pub fn apply(data_dir: &Path, settings: &[(&str, Option<String>)]) -> Result<()>
     disk::durable_write(&path, with_settings(&text, settings).as_bytes(), 0o600)
 }
 
+/// Takes a setting out of a data directory's `postgresql.auto.conf` if it has this value.
+pub fn forget(data_dir: &Path, name: &str, value: &str) -> Result<()> {
+    let path = data_dir.join(AUTO_CONF);
+    let Some(bytes) = disk::read_if_there(&path)? else { return Ok(()) };
+    let text = String::from_utf8_lossy(&bytes);
+    let quoted = quoted_setting(value);
+    let sets = |line: &str| {
+        line.split_once('=').is_some_and(|(of, to)| of.trim() == name && (to.trim() == quoted || to.trim() == value))
+    };
+    match text.lines().any(sets) {
+        true => apply(data_dir, &[(name, None)]),
+        false => Ok(()),
+    }
+}
+
 /// A value in a configuration file: quotes and backslashes doubled (utils/misc/guc-file.l).
 fn quoted_setting(value: &str) -> String {
     format!("'{}'", value.replace('\\', "\\\\").replace('\'', "''").replace('\n', "\\n"))

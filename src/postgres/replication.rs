@@ -326,7 +326,13 @@ impl Refusal {
         match self.code.as_str() {
             // A server that starts, stops or is out of connections may take us in a moment.
             code if code.starts_with("57") || code.starts_with("53") => error.retryable(),
+            // The segment is gone, or the slot was given up for its size: WAL that was not received will never be.
             "58P01" => Error::new(Kind::NotFound, error.to_string()),
+            "55000"
+                if error.to_string().contains("invalidated") || error.to_string().contains("maximum reserved size") =>
+            {
+                Error::new(Kind::NotFound, error.to_string())
+            }
             code if code.starts_with("28") => error.hint(
                 "allow it in pg_hba.conf: local replication all peer, or host replication USER ADDRESS scram-sha-256",
             ),

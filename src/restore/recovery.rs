@@ -10,6 +10,7 @@ use super::target::Target;
 use crate::disk;
 use crate::error::Result;
 use crate::postgres::conf;
+use crate::postgres::replication::SLOT;
 use crate::repository::manifest::BackupHead;
 
 /// Settings of `postgresql.auto.conf`; `None` takes a former one away.
@@ -83,5 +84,7 @@ pub fn write(
         disk::durable_write(&data_dir.join("tablespace_map"), map.as_bytes(), 0o600)?;
     }
     conf::apply(data_dir, settings)?;
+    // Left by a supervisor that held commits back: the copy has nobody to wait for.
+    conf::forget(data_dir, "synchronous_standby_names", SLOT)?;
     disk::durable_write(&data_dir.join("recovery.signal"), b"", 0o600)
 }

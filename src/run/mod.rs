@@ -2,6 +2,7 @@
 
 pub mod boot;
 mod facts;
+mod hold;
 mod metadata;
 mod notices;
 mod schedule;
@@ -21,7 +22,7 @@ use crate::clock::Clock;
 use crate::disk;
 use crate::error::{Error, Result};
 use crate::events::{Event, Events};
-use crate::model::{Generation, WriteId};
+use crate::model::{ByteSize, Generation, WriteId};
 use crate::postgres::data_dir::OWN_DIR;
 use crate::postgres::{ConnectOptions, ControlFile, Install, version_of};
 use crate::repository::log::{Checks, LogView, Position, Sealer};
@@ -51,6 +52,9 @@ pub struct Options {
     pub heartbeat: Duration,
     /// How long another machine must be silent before it is replaced, and how long to wait for its first backup.
     pub takeover_after: Duration,
+    /// How much WAL may wait for the repository, and what happens then.
+    pub max_wal_behind: Option<ByteSize>,
+    pub when_behind: WhenBehind,
     /// How long a stop may take.
     pub grace: Duration,
     pub backup_every: Duration,
@@ -68,6 +72,15 @@ pub struct Options {
     pub host: String,
     /// Words of the command with which PostgreSQL calls back: program, `wal fetch`, repository.
     pub fetch_command: Vec<String>,
+}
+
+/// What happens once too much WAL waits for a repository that cannot be reached.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum WhenBehind {
+    /// Commits wait.
+    Block,
+    /// WAL is given up: a gap, and a new base backup after it.
+    Drop,
 }
 
 /// Decisions are taken anew this many times when another machine was faster.

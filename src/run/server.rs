@@ -4,7 +4,7 @@ use std::ffi::OsString;
 use std::path::Path;
 use std::time::Duration;
 
-use super::Options;
+use super::{Options, WhenBehind};
 use crate::clock::Clock;
 use crate::error::{Error, Result};
 use crate::postgres::process::ServerCommand;
@@ -38,6 +38,10 @@ pub(super) fn command(options: &Options, install: &Install, stage: Stage<'_>) ->
             Stage::Private(_) => "synchronous_standby_names=".to_owned(),
             Stage::Public => format!("synchronous_standby_names={SLOT}"),
         });
+    }
+    if let (Some(most), WhenBehind::Drop) = (options.max_wal_behind, options.when_behind) {
+        // The server itself gives the slot up, at a checkpoint, and frees its WAL.
+        settings.push(format!("max_slot_wal_keep_size={}MB", (most.0 >> 20).max(1)));
     }
     if let Stage::Private(directory) = stage {
         settings.extend(["listen_addresses=".to_owned(), format!("unix_socket_directories={}", directory.display())]);

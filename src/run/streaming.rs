@@ -10,11 +10,14 @@ use crate::archive::claim::push_history;
 use crate::archive::push::Pusher;
 use crate::archive::stream::{self, Order, Progress, Stream};
 use crate::clock::Clock;
-use crate::error::{Error, IoContext, Result};
-use crate::model::{Lsn, Timeline};
-use crate::postgres::replication::Identity;
-use crate::postgres::{PostmasterFile, Replication, ServerStatus};
-use crate::repository::log::{Appender, Checks, Position};
+use crate::error::{Error, IoContext, Kind, Result};
+use crate::events::Event;
+use crate::model::{Lsn, Timeline, WriteId};
+use crate::postgres::data_dir::OWN_DIR;
+use crate::postgres::replication::{Identity, SLOT};
+use crate::postgres::{Client, PostmasterFile, Replication, ServerStatus};
+use crate::repository::log::{Appender, Checks, Position, Sealer};
+use crate::repository::{NewWriter, Writer};
 use crate::wal::{History, WalFileName};
 
 /// How often the server is asked whether it is up.
@@ -25,15 +28,22 @@ pub(super) struct Streaming {
     pub task: JoinHandle<Result<Appender>>,
     pub orders: watch::Sender<Order>,
     pub progress: watch::Receiver<Progress>,
+    /// Under which generation it writes: another one after a gap.
+    pub writer: watch::Receiver<Writer>,
 }
+
+/// Between two tries to begin anew after a gap.
+const AGAIN: Duration = Duration::from_secs(2);
 
 impl Streaming {
     /// Begins to stream from the server with this process number, once it is up.
     pub fn start(options: &Options, pusher: &Pusher, start: Start, server: i32) -> Streaming {
         let (orders, ordered) = watch::channel(Order::Run);
         let (told, progress) = watch::channel(Progress::default());
-        let task = tokio::spawn(stream(options.clone(), pusher.clone(), start, server, (ordered, told)));
-        Streaming { task, orders, progress }
+        let (wrote, writer) = watch::channel(pusher.writer.clone());
+        let channels = Channels { orders: ordered, progress: told, writer: wrote };
+        let task = tokio::spawn(stream(options.clone(), pusher.clone(), start, Some(server), channels));
+        Streaming { task, orders, progress, writer }
     }
 
     pub fn order(&self, order: Order) {
@@ -41,22 +51,54 @@ impl Streaming {
     }
 }
 
+/// The task's ends of the ways to it.
+struct Channels {
+    orders: watch::Receiver<Order>,
+    progress: watch::Sender<Progress>,
+    writer: watch::Sender<Writer>,
+}
+
 async fn stream(
     options: Options,
-    pusher: Pusher,
-    start: Start,
-    server: i32,
-    (orders, progress): (watch::Receiver<Order>, watch::Sender<Progress>),
+    mut pusher: Pusher,
+    mut start: Start,
+    mut server: Option<i32>,
+    channels: Channels,
 ) -> Result<Appender> {
-    let clock = pusher.repository.clock().clone();
-    let identity = identify(&options, server, &orders, &clock).await?;
+    loop {
+        match one_log(&options, &pusher, start, server, &channels).await {
+            // WAL that was to come next is gone on the server: a gap, and a new history after it.
+            Err(error) if error.kind() == Kind::NotFound => {
+                let durable = channels.progress.borrow().durable;
+                pusher.events.emit(Event::WalGap { durable, why: error.to_string() });
+                pusher.writer = begin_anew(&options, &pusher, &channels.orders).await?;
+                channels.writer.send_replace(pusher.writer.clone());
+                // It has been up for long, and is in another stage than when we began.
+                (start, server) = (Start::Now, None);
+            }
+            ended => return ended,
+        }
+    }
+}
+
+async fn one_log(
+    options: &Options,
+    pusher: &Pusher,
+    start: Start,
+    server: Option<i32>,
+    channels: &Channels,
+) -> Result<Appender> {
+    let clock = pusher.repository.clock();
+    let identity = identify(options, server, &channels.orders, clock).await?;
     if identity.system_id != pusher.writer.claim.system_id {
         return Err(Error::refused(format!("the server that came up is another cluster: {}", identity.system_id)));
     }
     // Nobody could follow WAL whose timeline is unknown.
     push_history(&pusher.repository, &pusher.writer, &options.data_dir, &pusher.events).await?;
-    let position = Position { timeline: identity.timeline, lsn: begin(&options, &pusher, start, identity)? };
-    progress.send_modify(|progress| progress.server = identity.flushed);
+    let position = Position { timeline: identity.timeline, lsn: begin(options, pusher, start, identity)? };
+    channels.progress.send_modify(|progress| {
+        *progress = Progress { server: identity.flushed, entries: progress.entries, ..Progress::default() };
+    });
     let (repository, generation) = (pusher.repository.clone(), pusher.writer.claim.generation);
     let log = Appender::open(repository, generation, position, options.heartbeat, Checks::ALL)?;
     let streaming = stream::Options {
@@ -67,17 +109,68 @@ async fn stream(
         in_flight: options.in_flight,
         heartbeat: options.heartbeat,
     };
-    Stream::new(pusher, log, streaming, orders, progress).serve().await
+    Stream::new(pusher.clone(), log, streaming, channels.orders.clone(), channels.progress.clone()).serve().await
+}
+
+/// After a gap: gives the old slot up, claims the next generation and ends our own log. Tried until the repository is
+/// there again; what the server writes meanwhile is kept by nobody, and the next backup has it.
+async fn begin_anew(options: &Options, pusher: &Pusher, orders: &watch::Receiver<Order>) -> Result<Writer> {
+    let clock = pusher.repository.clock();
+    loop {
+        match try_to_begin_anew(options, pusher).await {
+            Err(error) if error.kind() == Kind::Fenced => return Err(error),
+            Err(error) if *orders.borrow() == Order::Finish => return Err(error),
+            Err(error) => {
+                pusher.events.info(format!("no new generation yet: {error}"));
+                clock.sleep(AGAIN).await;
+            }
+            Ok(writer) => return Ok(writer),
+        }
+    }
+}
+
+async fn try_to_begin_anew(options: &Options, pusher: &Pusher) -> Result<Writer> {
+    let client = Client::connect(&options.connect, &options.data_dir).await?;
+    client.drop_slot(SLOT).await?;
+    let (repository, claim) = (&pusher.repository, &pusher.writer.claim);
+    let own_dir = options.data_dir.join(OWN_DIR);
+    let newest = repository.newest_generation().await?.unwrap_or(claim.generation);
+    let mine =
+        newest == claim.generation || Some(repository.claim(newest).await?.writer_id) == Writer::claiming(&own_dir)?;
+    if !mine {
+        return Err(Error::new(Kind::Fenced, format!("generation {newest} has taken over while WAL was given up"))
+            .hint("another machine is the database now; this one's directory is kept as it is"));
+    }
+    let new = NewWriter {
+        writer_id: WriteId(repository.clock().random()),
+        system_id: claim.system_id,
+        pg_major: claim.pg_major,
+        segment_size: claim.segment_size,
+        host: options.host.clone(),
+    };
+    Writer::note_claiming(&own_dir, new.writer_id)?;
+    let claimed = repository.try_claim(Some(newest), Some(newest), &new).await?;
+    let claim = claimed.ok_or_else(|| Error::refused("another machine claimed a generation first"))?;
+    pusher.events.emit(Event::GenerationClaimed { generation: claim.generation, parent: claim.parent });
+    Sealer { generation: claim.generation, checks: Checks::ALL }.seal_older(repository).await?;
+    let writer = Writer::new(repository, claim);
+    writer.save(&own_dir)?;
+    Ok(writer)
 }
 
 /// Waits for the server and asks where it is.
-async fn identify(options: &Options, server: i32, orders: &watch::Receiver<Order>, clock: &Clock) -> Result<Identity> {
+async fn identify(
+    options: &Options,
+    server: Option<i32>,
+    orders: &watch::Receiver<Order>,
+    clock: &Clock,
+) -> Result<Identity> {
     loop {
         if *orders.borrow() == Order::Finish {
             return Err(Error::postgres("the server ended before its stream began"));
         }
         let file = PostmasterFile::of_starting(&options.data_dir)?;
-        if file.is_some_and(|file| file.pid == server && file.status == ServerStatus::Ready) {
+        if file.is_some_and(|file| server.is_none_or(|pid| file.pid == pid) && file.status == ServerStatus::Ready) {
             let connected = Replication::connect(&options.connect, &options.data_dir, clock).await;
             let identity = match connected {
                 Ok(mut connection) => connection.identify().await,

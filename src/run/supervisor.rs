@@ -11,7 +11,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use super::server::{self, Stage};
 use super::streaming::Streaming;
-use super::{Options, Start, notices, schedule, telling};
+use super::{Options, Start, hold, notices, schedule, telling};
 use crate::archive::push::Pusher;
 use crate::archive::stream::{Order, catch_up, watch_lag};
 use crate::clock::Clock;
@@ -21,6 +21,7 @@ use crate::model::Lsn;
 use crate::postgres::control_file::State;
 use crate::postgres::process::{Listener, Stop};
 use crate::postgres::{ControlFile, Install, Postmaster, version_of};
+use crate::repository::Writer;
 use crate::repository::log::Appender;
 use crate::status::Board;
 use crate::wal::{SegmentName, record_end};
@@ -52,6 +53,7 @@ pub(super) async fn supervise(options: &Options, pusher: &Pusher, start: Start, 
         ),
     };
     let _told = telling::tell(options, &keeper.board, events)?;
+    hold::let_go(options)?;
     let private = PrivateDir::new(&keeper.clock)?;
     let first = keeper.stage(Stage::Private(&private.0)).await?;
     drop(private);
@@ -107,6 +109,7 @@ impl Keeper<'_> {
             Stage::Public => Order::Run,
         });
         let (progress, streamed) = (streaming.progress.clone(), streaming.progress.clone());
+        let writer = streaming.writer.clone();
         let running = server.clone();
         let care = async {
             let care = Care {
@@ -118,7 +121,7 @@ impl Keeper<'_> {
             };
             match stage {
                 Stage::Private(_) => care.until_open(progress).await,
-                Stage::Public => care.for_everybody(progress, self.start == Start::Now).await,
+                Stage::Public => care.for_everybody(progress, writer, self.start == Start::Now).await,
             }
         };
         tokio::pin!(care);
@@ -184,7 +187,7 @@ impl Keeper<'_> {
                         // goes first: the tail of the log is on its way before the server's checkpoint begins.
                         hurry();
                         (caring, stop_asked, end.over) = (false, true, false);
-                        self.deadline.get_or_insert(now + self.options.grace);
+                        self.deadline.get_or_insert(self.clock.monotonic() + self.options.grace);
                         server.stop(how);
                     }
                 },
@@ -301,7 +304,12 @@ impl Care<'_> {
     }
 
     /// For as long as it runs; ends only with an error.
-    async fn for_everybody(&self, mut progress: Watcher, begins_anew: bool) -> Result<()> {
+    async fn for_everybody(
+        &self,
+        mut progress: Watcher,
+        writer: tokio::sync::watch::Receiver<Writer>,
+        begins_anew: bool,
+    ) -> Result<()> {
         let clock = self.pusher.repository.clock();
         let up = server::wait_until_ready(self.server, &self.options.data_dir, clock).await?;
         let (Some(up), Ok(_)) = (up, progress.wait_for(|progress| progress.connected).await.map(drop)) else {
@@ -310,10 +318,28 @@ impl Care<'_> {
         telling::ready(self.board, self.options)?;
         self.events.emit(Event::Ready { port: up.port, generation: self.pusher.writer.claim.generation });
         let limit = (self.options.rpo * 3).max(LAG_LEAST);
-        let lag = watch_lag(progress, limit, clock.clone(), self.events.clone());
+        let lag = watch_lag(progress.clone(), limit, clock.clone(), self.events.clone());
         tokio::select! {
-            ended = schedule::backups(self.options, self.pusher, begins_anew, (self.events, self.board)) => ended,
+            ended = self.backups(writer, begins_anew) => ended,
+            () = hold::watch(self.options, progress, clock, self.events) => Ok(()),
             () = lag => Ok(()),
+        }
+    }
+
+    /// Base backups under the generation that is written now: after a gap the history begins anew, with a backup at once.
+    async fn backups(&self, mut writer: tokio::sync::watch::Receiver<Writer>, mut begins_anew: bool) -> Result<()> {
+        loop {
+            let pusher = Pusher { writer: writer.borrow_and_update().clone(), ..self.pusher.clone() };
+            self.board.generation(pusher.writer.claim.generation);
+            tokio::select! {
+                ended = schedule::backups(self.options, &pusher, begins_anew, (self.events, self.board)) => return ended,
+                changed = writer.changed() => {
+                    if changed.is_err() {
+                        return std::future::pending().await;
+                    }
+                    begins_anew = true;
+                }
+            }
         }
     }
 }

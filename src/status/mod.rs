@@ -47,6 +47,7 @@ struct State {
     /// Entries as they were at each of the last minutes.
     minutes: VecDeque<(Duration, u64)>,
     last_backup: Option<String>,
+    generation: Generation,
 }
 
 /// One supervisor's board; clones share it.
@@ -54,7 +55,6 @@ struct State {
 pub struct Board {
     state: Arc<Mutex<State>>,
     clock: Clock,
-    generation: Generation,
     repository: String,
     rpo: Duration,
 }
@@ -83,8 +83,9 @@ pub struct Report {
 
 impl Board {
     pub fn new(clock: Clock, generation: Generation, repository: String, rpo: Duration) -> Board {
-        let state = State { phase: Phase::Starting, wal: Wal::default(), minutes: VecDeque::new(), last_backup: None };
-        Board { state: Arc::new(Mutex::new(state)), clock, generation, repository, rpo }
+        let (phase, wal, minutes) = (Phase::Starting, Wal::default(), VecDeque::new());
+        let state = State { phase, wal, minutes, last_backup: None, generation };
+        Board { state: Arc::new(Mutex::new(state)), clock, repository, rpo }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -93,6 +94,10 @@ impl Board {
 
     pub fn phase(&self, phase: Phase) {
         self.state().phase = phase;
+    }
+
+    pub fn generation(&self, generation: Generation) {
+        self.state().generation = generation;
     }
 
     pub fn backup(&self, id: String) {
@@ -122,7 +127,7 @@ impl Board {
         Report {
             schema: "perennial/supervisor/1",
             repository: self.repository.clone(),
-            generation: self.generation,
+            generation: state.generation,
             phase: state.phase,
             rpo_seconds: self.rpo.as_secs_f64(),
             server_lsn: wal.server,

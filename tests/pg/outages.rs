@@ -174,3 +174,67 @@ fn a_machine_that_ec2_takes_away_stops_in_time_and_the_next_one_need_not_wait() 
     next.start(&["--takeover-after=10m"]).ready();
     assert_eq!(next.sql("SELECT count(*) FROM t"), "1");
 }
+
+/// Writes about this many megabytes of WAL.
+fn write_wal(machine: &Machine, megabytes: u32) {
+    let rows = megabytes * 2400;
+    machine.sql(&format!("INSERT INTO bulk SELECT n, repeat(md5(n::text), 10) FROM generate_series(1, {rows}) n"));
+}
+
+#[test]
+fn past_the_bound_commits_wait_when_told_so() {
+    let scratch = Scratch::new();
+    let (relay, bucket) = behind_a_relay();
+    let mut machine = Machine::new(&scratch, "a", &bucket);
+    machine.start(&["--init", "--max-wal-behind=32MB", "--when-behind=block"]).ready().with_backup();
+    machine.sql("CREATE TABLE bulk (n int, text text)");
+    machine.archived();
+    relay.set(Line::Stalled);
+    write_wal(&machine, 60);
+    machine.wait_for("commits wait from now on");
+    let mut waiting = machine.client("psql");
+    let mut waiting =
+        waiting.args(["-XAtq", "-d", "postgres", "-c", "INSERT INTO bulk VALUES (-1, '')"]).spawn().expect("psql");
+    wait_until("the commit waits", || {
+        machine.sql("SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'SyncRep'") == "1"
+    });
+    relay.set(Line::Open);
+    assert!(waiting.wait().expect("ended").success());
+    machine.wait_for("commits do not wait any more");
+    assert_eq!(machine.sql("SHOW synchronous_standby_names"), "");
+}
+
+#[test]
+fn past_the_bound_wal_is_given_up_when_told_so_and_no_restore_crosses_the_gap() {
+    let scratch = Scratch::new();
+    let (relay, bucket) = behind_a_relay();
+    let mut machine = Machine::new(&scratch, "a", &bucket);
+    machine.start(&["--init", "--max-wal-behind=32MB", "--when-behind=drop"]).ready().with_backup();
+    machine.sql("CREATE TABLE bulk (n int, text text)");
+    machine.archived();
+    let before = machine.sql("SELECT pg_current_wal_insert_lsn()");
+    relay.set(Line::Cut);
+    for _ in 0..3 {
+        write_wal(&machine, 60);
+        machine.sql("CHECKPOINT");
+    }
+    let inside = machine.sql("SELECT pg_current_wal_insert_lsn()");
+    relay.set(Line::Open);
+    machine.wait_for("was given up before it reached the repository");
+    machine.wait_for("claimed generation 2, child of generation 1");
+    wait_until("a new backup is there", || machine.log().matches("is restorable").count() == 2);
+    machine.sql("INSERT INTO bulk VALUES (-1, 'after the gap')");
+    machine.archived();
+    let count = machine.sql("SELECT count(*) FROM bulk");
+    machine.vanish();
+
+    let data = scratch.path().join("never");
+    let said = bucket.must_fail(&["restore", "-D", data.to_str().expect("text"), "--to-lsn", &inside], 66);
+    assert!(said.contains("cannot be reached"), "{said}");
+    assert!(bucket.must(&["list"]).contains("missing"), "{}", bucket.must(&["list"]));
+    let old = scratch.dir("old").join("data");
+    bucket.must(&["restore", "-D", old.to_str().expect("text"), "--to-lsn", &before]);
+    let mut next = Machine::new(&scratch, "b", &bucket);
+    next.start(&[]).ready();
+    assert_eq!(next.sql("SELECT count(*) FROM bulk"), count);
+}

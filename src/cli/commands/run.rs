@@ -6,7 +6,7 @@ use crate::cli::setup::{Setup, callback, codec};
 use crate::cli::{args, environment, identity};
 use crate::error::{Error, Result};
 use crate::postgres::ConnectOptions;
-use crate::run;
+use crate::run::{self, WhenBehind};
 use crate::storage::{Location, Policy, Scheme};
 
 use super::wide;
@@ -42,6 +42,14 @@ pub fn run(setup: &Setup, args: args::Run) -> Result<i32> {
             grace: duration(setup, args.grace, setup.config.grace.as_ref(), GRACE)?,
             takeover_after: duration(setup, args.takeover_after, setup.config.takeover_after.as_ref(), TAKEOVER_AFTER)?,
             backup_every: duration(setup, args.backup_every, setup.config.backup_every.as_ref(), BACKUP_EVERY)?,
+            max_wal_behind: match (args.max_wal_behind, &setup.config.max_wal_behind) {
+                (None, Some(text)) => Some(text.parse()?),
+                (given, _) => given,
+            },
+            when_behind: match args.when_behind.or(setup.config.when_behind) {
+                Some(args::WhenBehindArg::Drop) => WhenBehind::Drop,
+                Some(args::WhenBehindArg::Block) | None => WhenBehind::Block,
+            },
             http: args.http.or_else(|| setup.config.http.clone()),
             notices: args.notices.or(setup.config.notices).map(|args::Platform::Ec2| environment::metadata_endpoint()),
             postgres_options: args.postgres_options,
