@@ -16,10 +16,11 @@ lint:
 torture: ## kill machines under load, again and again: ROUNDS=50, SEED=…
 	PERENNIAL_TORTURE_ROUNDS=$(or $(ROUNDS),50) $(if $(SEED),PERENNIAL_SEED=$(SEED)) scripts/test --test torture -- --ignored --nocapture --test-threads=1
 
-bench: ## Perennial beside pgBackRest and WAL-RUS; takes an hour
+bench: ## Perennial beside pgBackRest and WAL-RUS, and the cost of commits; takes half an hour
 	benches/compare/setup
 	cargo build --release --quiet
 	benches/compare/run --output target/benchmarks.md
+	benches/commits/run | tee target/commits.md
 
 PREFIX ?= /usr/local
 install: ## program, man pages and completions

@@ -127,6 +127,11 @@ pub enum Event {
         behind: u64,
         held: bool,
     },
+    /// At an RPO of zero: commits do not wait for the repository any more, or do again.
+    Degraded {
+        waited: Duration,
+        degraded: bool,
+    },
     /// A line of the server's own log.
     ServerSays {
         line: String,
@@ -163,6 +168,7 @@ impl Event {
             | WaitCancelled
             | WalGap { .. }
             | HeldBack { held: true, .. }
+            | Degraded { degraded: true, .. }
             | Fenced { .. } => Level::Alarm,
             Note { level, .. } => *level,
             _ => Level::Info,
@@ -237,6 +243,14 @@ impl fmt::Display for Event {
                 "WAL after {durable} was given up before it reached the repository ({why}): points after it cannot be \
                  restored until the base backup that begins now"
             ),
+            Degraded { waited, degraded: true } => write!(
+                f,
+                "the repository has not answered for {:.0} s: commits are acknowledged WITHOUT being in it (--on-bucket-loss degrade)",
+                waited.as_secs_f64()
+            ),
+            Degraded { degraded: false, .. } => {
+                write!(f, "the repository has everything again: commits wait for it as before")
+            }
             HeldBack { behind, held: true } => {
                 write!(f, "{} of WAL wait for the repository: commits wait from now on", human_bytes(*behind))
             }
@@ -251,8 +265,8 @@ impl fmt::Display for Event {
             Notice { what, leaves: false } => write!(f, "the platform advises to leave this machine: {what}"),
             Fenced { local, durable } => write!(
                 f,
-                "another machine has taken over: the log was ended at {durable}, WAL of this machine goes to {local}; \
-                 what lies between is in this directory only"
+                "another machine has taken over: WAL of this machine goes to {local}, up to {durable} it is in the \
+                 repository for certain; what lies behind may be in this directory only"
             ),
             Note { text, .. } => f.write_str(text),
         }

@@ -42,6 +42,10 @@ fn cache_dir() -> PathBuf {
     Path::new(OWN_DIR).join("fetched")
 }
 
+fn tail_path() -> PathBuf {
+    cache_dir().join("tail")
+}
+
 /// A question to the helper, and its answer, are one JSON line each.
 #[derive(Debug, serde::Serialize, serde::Deserialize)]
 struct Question {
@@ -115,7 +119,14 @@ pub async fn serve(repository: Repository, options: FetchOptions, postmaster: i3
     disk::remove_if_there(&socket_path())?;
     let listener = UnixListener::bind(socket_path()).on("bind", socket_path())?;
     let clock = repository.clock().clone();
-    let helper = Arc::new(Helper { repository, options, history, source: OnceCell::new(), ahead: Mutex::default() });
+    let helper = Arc::new(Helper {
+        repository,
+        options,
+        history,
+        source: OnceCell::new(),
+        ahead: Mutex::default(),
+        tail: Mutex::default(),
+    });
     let parent = watch_process(postmaster)?;
     loop {
         tokio::select! {
@@ -152,6 +163,9 @@ struct Helper {
     history: String,
     source: OnceCell<Mutex<Source>>,
     ahead: Mutex<Ahead>,
+    /// The segment that was put together from a log's entries last. Recovery asks for its last segment twice, and that
+    /// may be thousands of requests.
+    tail: Mutex<Option<Wanted>>,
 }
 
 /// Segments fetched ahead or being fetched, by name. Each task yields the path once the file is whole.
@@ -202,14 +216,42 @@ impl Helper {
         {
             self.fetch_ahead(segment).await?;
             place(&path, &question.destination)?;
+            self.keep(segment, &question.destination).await?;
+            return Ok(Fetched::Done);
+        }
+        if self.again(segment, &question.destination).await? {
             return Ok(Fetched::Done);
         }
         // Not fetched ahead, or that failed: the question decides, with an error of its own.
         let fetched = source.lock().await.fetch(name, &question.destination).await?;
         if fetched == Fetched::Done {
+            self.keep(segment, &question.destination).await?;
             self.fetch_ahead(segment).await?;
         }
         Ok(fetched)
+    }
+
+    /// Answers with the copy of the tail, if it was this very piece of this very log.
+    async fn again(&self, segment: SegmentName, destination: &Path) -> Result<bool> {
+        let wanted = self.source().await?.lock().await.locate(WalFileName::Segment(segment))?;
+        let tail = self.tail.lock().await;
+        if tail.is_none() || *tail != wanted {
+            return Ok(false);
+        }
+        std::fs::copy(tail_path(), destination).on("copy to", destination)?;
+        Ok(true)
+    }
+
+    /// Keeps a copy of a segment that came from a log. Not a link: PostgreSQL writes into what it was given.
+    async fn keep(&self, segment: SegmentName, destination: &Path) -> Result<()> {
+        let wanted = self.source().await?.lock().await.locate(WalFileName::Segment(segment))?;
+        if matches!(wanted, Some(Wanted::Log { .. })) {
+            let mut tail = self.tail.lock().await;
+            *tail = None;
+            std::fs::copy(destination, tail_path()).on("copy to", tail_path())?;
+            *tail = wanted;
+        }
+        Ok(())
     }
 
     /// Starts downloads of what recovery will ask for next, and drops what lies behind it.

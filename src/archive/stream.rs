@@ -18,7 +18,7 @@ use crate::error::{Error, Kind, Result};
 use crate::events::{Event, Events};
 use crate::model::Lsn;
 use crate::postgres::replication::Received;
-use crate::postgres::{ConnectOptions, Replication};
+use crate::postgres::{ConnectOptions, PostmasterFile, Replication, ServerStatus};
 use crate::repository::log::{Appender, Durable, ENTRY_MAX};
 use crate::repository::{Codec, Frame};
 
@@ -57,6 +57,8 @@ pub enum Order {
     Hurry,
     /// The server has ended: what is left is brought in, then the stream ends.
     Finish,
+    /// The server goes on without us: what was received is brought in, then the stream ends.
+    Leave,
 }
 
 /// How far the stream is.
@@ -142,17 +144,18 @@ impl Stream {
     pub async fn serve(mut self) -> Result<Appender> {
         let mut wait = FIRST_WAIT;
         loop {
+            self.until_up().await?;
             let ended = match self.connect().await {
                 Ok(connection) => {
                     wait = FIRST_WAIT;
                     self.with_connection(connection).await?
                 }
-                Err(error) if error.is_retryable() || *self.orders.borrow() == Order::Finish => error,
+                Err(error) if error.is_retryable() || self.is_over() => error,
                 Err(error) => return Err(error),
             };
             self.note(|progress| progress.connected = false);
             match *self.orders.borrow() {
-                Order::Finish => break,
+                Order::Finish | Order::Leave => break,
                 Order::Run => self.events.info(format!("the stream of WAL is interrupted: {ended}")),
                 Order::Hurry => (),
             }
@@ -163,14 +166,30 @@ impl Stream {
         Ok(self.log)
     }
 
+    fn is_over(&self) -> bool {
+        matches!(*self.orders.borrow(), Order::Finish | Order::Leave)
+    }
+
     /// Where the next byte to come belongs.
     fn received(&self) -> Lsn {
         Lsn(self.log.end().lsn.0 + self.buffer.len() as u64)
     }
 
+    /// Waits until the server takes connections, or has ended for good: asked too early, it says so in its log.
+    async fn until_up(&mut self) -> Result<()> {
+        let up = |file: PostmasterFile| file.status == ServerStatus::Ready;
+        while !self.is_over() && !PostmasterFile::of_starting(&self.options.data_dir)?.is_some_and(up) {
+            self.pass(FIRST_WAIT).await?;
+        }
+        Ok(())
+    }
+
     async fn connect(&mut self) -> Result<Replication> {
         let mut connection = Replication::connect(&self.options.connect, &self.options.data_dir, &self.clock).await?;
         let identity = connection.identify().await?;
+        if identity.is_standby {
+            return Err(Error::refused("the server has become a standby: another one is the primary now"));
+        }
         let (at, timeline) = (self.received(), self.log.end().timeline);
         if identity.system_id != self.system_id {
             return Err(Error::refused(format!(
@@ -192,7 +211,7 @@ impl Stream {
             ))
             .hint("do not trust this disk; start on another machine, or with an empty directory"));
         }
-        connection.ensure_slot().await?;
+        connection.ensure_slot(&self.options.data_dir).await?;
         connection.start(at, timeline).await?;
         connection.report(at, self.log.durable().position.lsn).await?;
         self.note(|progress| progress.connected = true);
@@ -226,6 +245,9 @@ impl Stream {
                 ordered = self.orders.changed() => {
                     if ordered.is_err() {
                         return Err(Error::internal("the stream's keeper is gone"));
+                    }
+                    if *self.orders.borrow() == Order::Leave {
+                        return Ok(Error::postgres("we leave it"));
                     }
                 }
                 received = connection.receive(), if room => match received {
@@ -395,7 +417,7 @@ impl Stream {
                 biased;
                 landed = self.log.landed(), if self.log.in_flight() > 0 => drop(self.landed(landed?)),
                 ordered = self.orders.changed() => {
-                    if ordered.is_err() || *self.orders.borrow() == Order::Finish {
+                    if ordered.is_err() || self.is_over() {
                         return Ok(());
                     }
                 }

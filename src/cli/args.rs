@@ -42,6 +42,8 @@ pub enum Command {
     Init(Init),
     /// Bring the database back (or make it), start it, and keep the repository current
     Run(Run),
+    /// Keep the repository current for a server that something else runs
+    Agent(Agent),
     /// Take a base backup of a running server
     Backup(Backup),
     /// Restore into a new directory: the newest state, or a point in the past
@@ -78,22 +80,17 @@ pub struct CodecArgs {
     pub zstd_level: Option<i32>,
 }
 
+/// How a server's history is kept, whoever runs the server.
 #[derive(Debug, ClapArgs)]
-pub struct Run {
+pub struct Keep {
     /// Address of the repository; the same as --repo. Without any, EC2's instance metadata is asked
     pub url: Option<String>,
     /// Data directory
     #[arg(short = 'D', long = "pgdata", value_name = "DIR", env = "PGDATA", hide_env_values = true)]
     pub data_dir: Option<PathBuf>,
-    /// Make a new cluster if the repository is proven new; restore otherwise
-    #[arg(long)]
-    pub init: bool,
     /// Go on from a directory that was restored by hand or never supervised
     #[arg(long)]
     pub adopt: bool,
-    /// Set a directory aside that has WAL the repository does not continue, and restore the newest state
-    #[arg(long)]
-    pub discard_diverged: bool,
     /// What may be lost when the machine vanishes: the greatest age of WAL that is not in the repository. At 0 a commit is
     /// acknowledged only once it is there [default: 1s]
     #[arg(long, value_name = "DURATION", value_parser = parse_duration, env = "PERENNIAL_RPO", hide_env_values = true)]
@@ -114,9 +111,12 @@ pub struct Run {
     /// How much WAL may wait on the local disk for a repository that cannot be reached [default: no bound]
     #[arg(long, value_name = "SIZE", env = "PERENNIAL_MAX_WAL_BEHIND", hide_env_values = true)]
     pub max_wal_behind: Option<ByteSize>,
-    /// What happens past --max-wal-behind [default: block]
-    #[arg(long, value_enum, env = "PERENNIAL_WHEN_BEHIND", hide_env_values = true)]
-    pub when_behind: Option<WhenBehindArg>,
+    /// At --rpo 0, what happens once a commit has waited too long for a repository that cannot be reached [default: block]
+    #[arg(long, value_enum, env = "PERENNIAL_ON_BUCKET_LOSS", hide_env_values = true)]
+    pub on_bucket_loss: Option<OnBucketLossArg>,
+    /// How long is too long [default: 10s]
+    #[arg(long, value_name = "DURATION", value_parser = parse_duration, env = "PERENNIAL_BUCKET_LOSS_AFTER", hide_env_values = true)]
+    pub bucket_loss_after: Option<Duration>,
     /// How long a stop may take before the server is stopped at once and what is left is given up [default: 25s]
     #[arg(long, value_name = "DURATION", value_parser = parse_duration, env = "PERENNIAL_GRACE", hide_env_values = true)]
     pub grace: Option<Duration>,
@@ -129,6 +129,21 @@ pub struct Run {
     /// How often to take a base backup
     #[arg(long, value_name = "DURATION", value_parser = parse_duration, env = "PERENNIAL_BACKUP_EVERY", hide_env_values = true)]
     pub backup_every: Option<Duration>,
+}
+
+#[derive(Debug, ClapArgs)]
+pub struct Run {
+    #[command(flatten)]
+    pub keep: Keep,
+    /// Make a new cluster if the repository is proven new; restore otherwise
+    #[arg(long)]
+    pub init: bool,
+    /// Set a directory aside that has WAL the repository does not continue, and restore the newest state
+    #[arg(long)]
+    pub discard_diverged: bool,
+    /// What happens past --max-wal-behind [default: block]
+    #[arg(long, value_enum, env = "PERENNIAL_WHEN_BEHIND", hide_env_values = true)]
+    pub when_behind: Option<WhenBehindArg>,
     /// Directory of PostgreSQL's programs [default: found by the data directory's major version]
     #[arg(long, value_name = "DIR", env = "PERENNIAL_PG_BINDIR", hide_env_values = true)]
     pub pg_bindir: Option<PathBuf>,
@@ -140,6 +155,25 @@ pub struct Run {
     /// Options for postgres
     #[arg(last = true, value_name = "POSTGRES OPTIONS")]
     pub postgres_options: Vec<String>,
+}
+
+#[derive(Debug, ClapArgs)]
+pub struct Agent {
+    #[command(flatten)]
+    pub keep: Keep,
+    /// Command for /bin/sh, run once another machine has taken over (PGDATA and PERENNIAL_FENCED, the reason, are set);
+    /// without one the server is left running, and nothing of it is archived any more
+    #[arg(long, value_name = "COMMAND", env = "PERENNIAL_ON_FENCED", hide_env_values = true)]
+    pub on_fenced: Option<String>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OnBucketLossArg {
+    /// Commits wait until the repository is there again
+    Block,
+    /// Commits are acknowledged without it, loudly, until it has everything again
+    Degrade,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, serde::Deserialize)]

@@ -7,6 +7,7 @@ mod config;
 mod environment;
 pub mod exit;
 mod identity;
+mod memory;
 mod output;
 mod setup;
 

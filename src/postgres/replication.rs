@@ -43,6 +43,8 @@ pub struct Replication {
     received: BytesMut,
     place: String,
     clock: Clock,
+    /// What the server said when it let us in (the parameter `in_hot_standby`, since PostgreSQL 14).
+    is_standby: bool,
 }
 
 impl std::fmt::Debug for Replication {
@@ -58,6 +60,8 @@ pub struct Identity {
     pub timeline: Timeline,
     /// How far WAL is flushed on the server's disk.
     pub flushed: Lsn,
+    /// It recovers. Servers before PostgreSQL 14 do not say so, and are taken for primaries.
+    pub is_standby: bool,
 }
 
 /// What a stream brings.
@@ -103,8 +107,13 @@ impl Replication {
             }
         };
         let place = format!("{}:{}", address.host, address.port);
-        let mut this =
-            Replication { stream, received: BytesMut::with_capacity(256 << 10), place, clock: clock.clone() };
+        let mut this = Replication {
+            stream,
+            received: BytesMut::with_capacity(256 << 10),
+            place,
+            clock: clock.clone(),
+            is_standby: false,
+        };
         this.log_in(address).await?;
         Ok(this)
     }
@@ -152,8 +161,9 @@ impl Replication {
                 },
                 b'Z' => return Ok(()),
                 b'E' => return Err(Refusal::parse(&body).into_error("log in")),
-                // Parameters, the cancellation key, notices.
-                b'S' | b'K' | b'N' => (),
+                b'S' => self.is_standby |= body.as_ref() == b"in_hot_standby\0on\0",
+                // The cancellation key, notices.
+                b'K' | b'N' => (),
                 _ => return Err(unexpected("an answer to the log in")),
             }
         }
@@ -162,11 +172,20 @@ impl Replication {
     pub async fn identify(&mut self) -> Result<Identity> {
         let row = self.query("IDENTIFY_SYSTEM").await?;
         let field = |index: usize| row.get(index).cloned().flatten().ok_or_else(|| unexpected("IDENTIFY_SYSTEM's row"));
-        Ok(Identity { system_id: field(0)?.parse()?, timeline: field(1)?.parse()?, flushed: field(2)?.parse()? })
+        Ok(Identity {
+            system_id: field(0)?.parse()?,
+            timeline: field(1)?.parse()?,
+            flushed: field(2)?.parse()?,
+            is_standby: self.is_standby,
+        })
     }
 
-    /// Makes our slot unless it is there; a new one keeps WAL from this moment on.
-    pub async fn ensure_slot(&mut self) -> Result<()> {
+    /// Makes our slot unless it is there; a new one keeps WAL from this moment on. The server's own note of it is looked
+    /// at first (replication/slot.c), because an attempt in vain is an error in the server's log.
+    pub async fn ensure_slot(&mut self, data_dir: &Path) -> Result<()> {
+        if data_dir.join("pg_replslot").join(SLOT).is_dir() {
+            return Ok(());
+        }
         let command = format!("CREATE_REPLICATION_SLOT {SLOT} PHYSICAL RESERVE_WAL");
         match self.try_query(&command).await? {
             Ok(_) => Ok(()),

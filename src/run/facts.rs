@@ -28,7 +28,7 @@ pub(super) struct Watched {
 
 impl Watched {
     /// Whether the log has been as it is for `patience`.
-    fn is_silent(&mut self, view: &LogView, now: Duration, patience: Duration) -> bool {
+    pub fn is_silent(&mut self, view: &LogView, now: Duration, patience: Duration) -> bool {
         let seen = Some((view.generation, view.next));
         if self.seen != seen {
             *self = Watched { seen, since: now };
@@ -127,7 +127,7 @@ async fn look_at(data_dir: &Path, repository: Option<&Repository>, newest: Optio
 }
 
 /// A claim whose success the last start did not live to see is ours all the same.
-fn finish_claim(own_dir: &Path, repository: Option<&Repository>, newest: Option<&Claim>) -> Result<()> {
+pub(super) fn finish_claim(own_dir: &Path, repository: Option<&Repository>, newest: Option<&Claim>) -> Result<()> {
     let (Some(repository), Some(newest), Some(claiming)) = (repository, newest, Writer::claiming(own_dir)?) else {
         return Ok(());
     };

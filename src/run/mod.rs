@@ -1,12 +1,16 @@
 //! `perennial run`: from an address and a directory to a running, protected database, and safely down again.
 
+pub mod agent;
 pub mod boot;
+mod claimant;
+mod ending;
 mod facts;
 mod hold;
 mod metadata;
 mod notices;
 mod schedule;
 mod server;
+mod signals;
 mod streaming;
 mod supervisor;
 mod telling;
@@ -15,7 +19,6 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::archive::claim::forget_origin;
 use crate::archive::push::Pusher;
 use crate::archive::resume;
 use crate::clock::Clock;
@@ -23,17 +26,17 @@ use crate::disk;
 use crate::error::{Error, Result};
 use crate::events::{Event, Events};
 use crate::model::{ByteSize, Generation, WriteId};
-use crate::postgres::data_dir::OWN_DIR;
-use crate::postgres::{ConnectOptions, ControlFile, Install, version_of};
-use crate::repository::log::{Checks, LogView, Position, Sealer};
+use crate::postgres::{ConnectOptions, Install, version_of};
+use crate::repository::log::Position;
 use crate::repository::{Claim, Codec, NewWriter, Repository, Writer};
 use crate::restore::{self, Action, Target};
 use crate::storage::Store;
 
 use boot::Decision;
+use claimant::Claimant;
 
 pub use metadata::address_from_metadata;
-pub use telling::socket_path;
+pub use telling::{ready_path, socket_path};
 
 #[derive(Debug, Clone)]
 pub struct Options {
@@ -55,6 +58,9 @@ pub struct Options {
     /// How much WAL may wait for the repository, and what happens then.
     pub max_wal_behind: Option<ByteSize>,
     pub when_behind: WhenBehind,
+    /// At an RPO of zero, what happens once a commit has waited for the repository this long.
+    pub on_bucket_loss: OnBucketLoss,
+    pub bucket_loss_after: Duration,
     /// How long a stop may take.
     pub grace: Duration,
     pub backup_every: Duration,
@@ -83,12 +89,21 @@ pub enum WhenBehind {
     Drop,
 }
 
+/// What happens at an RPO of zero while the repository cannot be reached.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum OnBucketLoss {
+    /// Commits wait until it is there again.
+    Block,
+    /// After a while they are acknowledged without it, loudly.
+    Degrade,
+}
+
 /// Decisions are taken anew this many times when another machine was faster.
 const DECISIONS_MAX: u32 = 10;
 
 /// How often a waiting machine looks again, at least and at most.
 const LOOK_LEAST: Duration = Duration::from_millis(200);
-const LOOK_MOST: Duration = Duration::from_secs(5);
+const LOOK_MOST: Duration = Duration::from_secs(2);
 
 /// Where the log of a new generation begins.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -110,11 +125,19 @@ struct Taken {
 /// Runs until the server has ended; returns its exit code.
 pub async fn run(store: Arc<dyn Store>, options: &Options, clock: &Clock, events: &Events) -> Result<i32> {
     let _lock = restore::lock(&options.data_dir)?;
-    let taken = take_over(Arc::clone(&store), options, clock, events).await?;
+    // From the first moment on: as process 1 of a container a signal nobody listens to is lost.
+    let mut signals = signals::Signals::new()?;
+    let taken = tokio::select! {
+        taken = take_over(Arc::clone(&store), options, clock, events) => taken?,
+        name = signals.stop() => {
+            events.emit(Event::Stopping { why: format!("{} received before the server was started", name.to_lowercase()) });
+            return Ok(0);
+        }
+    };
     let Taken { writer, start } = taken;
     let repository = writer.repository(store, clock);
     let pusher = Pusher { repository, writer, data_dir: options.data_dir.clone(), events: events.clone() };
-    supervisor::supervise(options, &pusher, start, events).await
+    supervisor::supervise(options, &pusher, start, signals, events).await
 }
 
 /// Decides, claims and prepares until the data directory is this machine's to start.
@@ -129,11 +152,12 @@ async fn take_over(store: Arc<dyn Store>, options: &Options, clock: &Clock, even
             events.emit(Event::Decided { decision: decision.to_string() });
             told = Some(decision.clone());
         }
-        let machine = Machine { store: Arc::clone(&store), options, clock, events, facts: &facts };
+        let claimant = Claimant { options, clock, events };
+        let machine = Machine { store: Arc::clone(&store), options, clock, events, facts: &facts, claimant };
         let taken = match decision {
             Decision::Refuse(refusal) => return Err(refusal.into()),
             Decision::Spare { .. } => {
-                clock.sleep((options.takeover_after / 10).clamp(LOOK_LEAST, LOOK_MOST)).await;
+                clock.sleep(patience_between_looks(options)).await;
                 continue;
             }
             Decision::Wait { holder } => {
@@ -168,6 +192,7 @@ struct Machine<'a> {
     clock: &'a Clock,
     events: &'a Events,
     facts: &'a boot::Facts,
+    claimant: Claimant<'a>,
 }
 
 impl Machine<'_> {
@@ -176,7 +201,7 @@ impl Machine<'_> {
         let data_dir = &self.options.data_dir;
         let install = self.install(None)?;
         install.initdb(data_dir, &self.options.initdb_options)?;
-        match self.claim_directory(&repository, None, None).await? {
+        match self.claimant.claim(&repository, None, None).await? {
             Some(writer) => Ok(Some(Taken { writer, start: Start::Now })),
             // Another machine's cluster is the database now; ours holds nothing yet.
             None => {
@@ -215,8 +240,8 @@ impl Machine<'_> {
         let Some(claim) = repository.try_claim(Some(newest.generation), Some(newest.generation), &new).await? else {
             return Ok(None);
         };
-        self.tell(&claim);
-        self.seal_older(&repository, claim.generation).await?;
+        self.claimant.tell(&claim);
+        self.claimant.seal_older(&repository, claim.generation).await?;
         restore.generation = Some(claim.generation);
         let writer = Writer::new(&repository, claim);
         restore.writer = Some(writer.clone());
@@ -229,9 +254,9 @@ impl Machine<'_> {
         let repository = known(repository)?;
         let data_dir = &self.options.data_dir;
         self.install(Some(version_of(data_dir)?.major))?;
-        let claimed = self.claim_directory(&repository, Some(newest.generation), Some(newest.generation)).await?;
+        let claimed = self.claimant.claim(&repository, Some(newest.generation), Some(newest.generation)).await?;
         let Some(writer) = claimed else { return Ok(None) };
-        let sealed = self.seal_older(&repository, writer.claim.generation).await?;
+        let sealed = self.claimant.seal_older(&repository, writer.claim.generation).await?;
         let Some(last) = sealed.into_iter().find(|view| view.end().is_some()) else {
             return Ok(Some(Taken { writer, start: Start::Now }));
         };
@@ -266,39 +291,9 @@ impl Machine<'_> {
         };
         self.install(Some(version_of(&self.options.data_dir)?.major))?;
         let newest = newest.map(|claim| claim.generation);
-        let Some(writer) = self.claim_directory(&repository, newest, parent).await? else { return Ok(None) };
-        self.seal_older(&repository, writer.claim.generation).await?;
+        let Some(writer) = self.claimant.claim(&repository, newest, parent).await? else { return Ok(None) };
+        self.claimant.seal_older(&repository, writer.claim.generation).await?;
         Ok(Some(Taken { writer, start: Start::Now }))
-    }
-
-    async fn claim_directory(
-        &self,
-        repository: &Repository,
-        newest: Option<Generation>,
-        parent: Option<Generation>,
-    ) -> Result<Option<Writer>> {
-        let version = version_of(&self.options.data_dir)?;
-        let control = ControlFile::read(&self.options.data_dir, version)?;
-        let own_dir = self.options.data_dir.join(OWN_DIR);
-        let new = NewWriter {
-            writer_id: WriteId(self.clock.random()),
-            system_id: control.system_id,
-            pg_major: version.major,
-            segment_size: control.segment_size,
-            host: self.options.host.clone(),
-        };
-        Writer::note_claiming(&own_dir, new.writer_id)?;
-        let Some(claim) = repository.try_claim(newest, parent, &new).await? else { return Ok(None) };
-        self.tell(&claim);
-        let writer = Writer::new(repository, claim);
-        writer.save(&own_dir)?;
-        forget_origin(&own_dir)?;
-        Ok(Some(writer))
-    }
-
-    /// From here on no older writer can have anything acknowledged.
-    async fn seal_older(&self, repository: &Repository, generation: Generation) -> Result<Vec<LogView>> {
-        Sealer { generation, checks: Checks::ALL }.seal_older(repository).await
     }
 
     /// Moves the directory away, under a name that says what it was.
@@ -317,10 +312,11 @@ impl Machine<'_> {
     fn install(&self, major: Option<u32>) -> Result<Install> {
         Install::find(self.options.pg_bindir.as_deref(), self.options.search_path.as_deref(), major)
     }
+}
 
-    fn tell(&self, claim: &Claim) {
-        self.events.emit(Event::GenerationClaimed { generation: claim.generation, parent: claim.parent });
-    }
+/// How long a spare waits before it looks again.
+fn patience_between_looks(options: &Options) -> Duration {
+    (options.takeover_after / 10).clamp(LOOK_LEAST, LOOK_MOST)
 }
 
 fn known(repository: Option<Repository>) -> Result<Repository> {

@@ -2,11 +2,14 @@
 
 use std::time::Duration;
 
+use tokio::sync::watch;
+
 use crate::archive::push::Pusher;
 use crate::backup;
 use crate::error::{Kind, Result};
 use crate::events::{Event, Events};
 use crate::model::{BackupId, Timestamp};
+use crate::repository::Writer;
 use crate::restore::Reachable;
 use crate::status::Board;
 
@@ -28,7 +31,7 @@ pub fn until_due(last: Option<Timestamp>, now: Timestamp, every: Duration) -> Du
 
 /// Takes backups for as long as the server runs; ends only when another machine has taken over. `at_once`: the history
 /// begins anew here, whatever backups there are of what came before.
-pub(super) async fn backups(
+async fn backups(
     options: &Options,
     pusher: &Pusher,
     mut at_once: bool,
@@ -47,6 +50,29 @@ pub(super) async fn backups(
                 events.emit(Event::BackupFailed { error: error.to_string(), next_try: retry });
                 clock.sleep(retry).await;
                 retry = (retry * 2).min(LONGEST_RETRY);
+            }
+        }
+    }
+}
+
+/// Base backups under the generation that is written now: after a gap the history begins anew, with a backup at once.
+pub(super) async fn follow(
+    options: &Options,
+    pusher: &Pusher,
+    mut writer: watch::Receiver<Writer>,
+    mut begins_anew: bool,
+    (events, board): (&Events, &Board),
+) -> Result<()> {
+    loop {
+        let pusher = Pusher { writer: writer.borrow_and_update().clone(), ..pusher.clone() };
+        board.generation(pusher.writer.claim.generation);
+        tokio::select! {
+            ended = backups(options, &pusher, begins_anew, (events, board)) => return ended,
+            changed = writer.changed() => {
+                if changed.is_err() {
+                    return std::future::pending().await;
+                }
+                begins_anew = true;
             }
         }
     }

@@ -33,11 +33,13 @@ pub(super) fn command(options: &Options, install: &Install, stage: Stage<'_>) ->
             .hint("set wal_level = replica (the default) in postgresql.conf"));
     }
     let mut settings: Vec<String> = Vec::new();
-    if options.rpo.is_zero() {
-        settings.push(match stage {
-            Stage::Private(_) => "synchronous_standby_names=".to_owned(),
-            Stage::Public => format!("synchronous_standby_names={SLOT}"),
-        });
+    match stage {
+        Stage::Private(_) if options.rpo.is_zero() => settings.push("synchronous_standby_names=".to_owned()),
+        // What is said here cannot be taken back while the server runs.
+        Stage::Public if options.rpo.is_zero() && !super::hold::can_degrade(options) => {
+            settings.push(format!("synchronous_standby_names={SLOT}"));
+        }
+        _ => (),
     }
     if let (Some(most), WhenBehind::Drop) = (options.max_wal_behind, options.when_behind) {
         // The server itself gives the slot up, at a checkpoint, and frees its WAL.

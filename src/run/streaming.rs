@@ -36,13 +36,13 @@ pub(super) struct Streaming {
 const AGAIN: Duration = Duration::from_secs(2);
 
 impl Streaming {
-    /// Begins to stream from the server with this process number, once it is up.
-    pub fn start(options: &Options, pusher: &Pusher, start: Start, server: i32) -> Streaming {
+    /// Begins to stream from the server with this process number (`None`: whichever runs there), once it is up.
+    pub fn start(options: &Options, pusher: &Pusher, start: Start, server: Option<i32>) -> Streaming {
         let (orders, ordered) = watch::channel(Order::Run);
         let (told, progress) = watch::channel(Progress::default());
         let (wrote, writer) = watch::channel(pusher.writer.clone());
         let channels = Channels { orders: ordered, progress: told, writer: wrote };
-        let task = tokio::spawn(stream(options.clone(), pusher.clone(), start, Some(server), channels));
+        let task = tokio::spawn(stream(options.clone(), pusher.clone(), start, server, channels));
         Streaming { task, orders, progress, writer }
     }
 
@@ -119,7 +119,7 @@ async fn begin_anew(options: &Options, pusher: &Pusher, orders: &watch::Receiver
     loop {
         match try_to_begin_anew(options, pusher).await {
             Err(error) if error.kind() == Kind::Fenced => return Err(error),
-            Err(error) if *orders.borrow() == Order::Finish => return Err(error),
+            Err(error) if is_over(orders) => return Err(error),
             Err(error) => {
                 pusher.events.info(format!("no new generation yet: {error}"));
                 clock.sleep(AGAIN).await;
@@ -158,6 +158,10 @@ async fn try_to_begin_anew(options: &Options, pusher: &Pusher) -> Result<Writer>
     Ok(writer)
 }
 
+fn is_over(orders: &watch::Receiver<Order>) -> bool {
+    matches!(*orders.borrow(), Order::Finish | Order::Leave)
+}
+
 /// Waits for the server and asks where it is.
 async fn identify(
     options: &Options,
@@ -166,7 +170,7 @@ async fn identify(
     clock: &Clock,
 ) -> Result<Identity> {
     loop {
-        if *orders.borrow() == Order::Finish {
+        if is_over(orders) {
             return Err(Error::postgres("the server ended before its stream began"));
         }
         let file = PostmasterFile::of_starting(&options.data_dir)?;
@@ -198,11 +202,15 @@ fn begin(options: &Options, pusher: &Pusher, start: Start, identity: Identity) -
 
 /// Where the ancestor of a timeline was left.
 fn left_at(options: &Options, timeline: Timeline) -> Result<Option<Lsn>> {
+    Ok(history_of(options, timeline)?.switches.last().map(|switch| switch.at))
+}
+
+/// Where a timeline of the server came from.
+pub(super) fn history_of(options: &Options, timeline: Timeline) -> Result<History> {
     if timeline == Timeline(1) {
-        return Ok(None);
+        return Ok(History::root(timeline));
     }
     let path = options.data_dir.join(format!("pg_wal/{}", WalFileName::History(timeline)));
     let text = std::fs::read_to_string(&path).on("read", &path)?;
-    let history = History::parse(timeline, &text).map_err(|e| Error::damaged(format!("{}: {e}", path.display())))?;
-    Ok(history.switches.last().map(|switch| switch.at))
+    History::parse(timeline, &text).map_err(|e| Error::damaged(format!("{}: {e}", path.display())))
 }

@@ -3,36 +3,37 @@
 
 use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::process::ExitStatusExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitStatus;
 use std::time::Duration;
 
-use tokio::signal::unix::{Signal, SignalKind, signal};
-
 use super::server::{self, Stage};
+use super::signals::{Asked, NOTICE, Signals, asked};
 use super::streaming::Streaming;
-use super::{Options, Start, hold, notices, schedule, telling};
+use super::{Options, Start, ending, hold, notices, schedule, telling};
 use crate::archive::push::Pusher;
-use crate::archive::stream::{Order, catch_up, watch_lag};
+use crate::archive::stream::{Order, Progress, watch_lag};
 use crate::clock::Clock;
 use crate::error::{Error, IoContext, Kind, Result};
 use crate::events::{Event, Events};
-use crate::model::Lsn;
-use crate::postgres::control_file::State;
 use crate::postgres::process::{Listener, Stop};
 use crate::postgres::{ControlFile, Install, Postmaster, version_of};
 use crate::repository::Writer;
-use crate::repository::log::Appender;
 use crate::status::Board;
-use crate::wal::{SegmentName, record_end};
 
 /// Time of the grace period that is kept for what comes after the server's end.
 const LAST_WORDS: Duration = Duration::from_secs(2);
 
 /// The least age of WAL that is not durable that is worth an alarm.
-const LAG_LEAST: Duration = Duration::from_secs(5);
+pub(super) const LAG_LEAST: Duration = Duration::from_secs(5);
 
-pub(super) async fn supervise(options: &Options, pusher: &Pusher, start: Start, events: &Events) -> Result<i32> {
+pub(super) async fn supervise(
+    options: &Options,
+    pusher: &Pusher,
+    start: Start,
+    signals: Signals,
+    events: &Events,
+) -> Result<i32> {
     let version = version_of(&options.data_dir)?;
     let install = Install::find(options.pg_bindir.as_deref(), options.search_path.as_deref(), Some(version.major))?;
     let mut keeper = Keeper {
@@ -42,8 +43,9 @@ pub(super) async fn supervise(options: &Options, pusher: &Pusher, start: Start, 
         events,
         clock: pusher.repository.clock().clone(),
         install,
-        signals: Signals::new()?,
+        signals,
         streaming: None,
+        left: Progress::default(),
         deadline: None,
         board: Board::new(
             pusher.repository.clock().clone(),
@@ -88,6 +90,8 @@ struct Keeper<'a> {
     signals: Signals,
     /// Lives across stages; taken when it has ended.
     streaming: Option<Streaming>,
+    /// How far the stream was when it ended before the server.
+    left: Progress,
     /// When a stop that was asked for must be over (monotonic).
     deadline: Option<Duration>,
     board: Board,
@@ -95,14 +99,18 @@ struct Keeper<'a> {
 
 impl Keeper<'_> {
     async fn stage(&mut self, stage: Stage<'_>) -> Result<StageEnd> {
+        if let Stage::Public = stage {
+            hold::demand(self.options)?;
+        }
         let command = server::command(self.options, &self.install, stage)?;
         if let Stage::Private(_) = stage {
             let text = format!("{} -D {}", command.program.display(), self.options.data_dir.display());
             self.events.emit(Event::ServerStarting { command: text });
         }
         let mut server = Postmaster::start(&command, listener(self.events))?;
-        let streaming =
-            self.streaming.get_or_insert_with(|| Streaming::start(self.options, self.pusher, self.start, server.pid()));
+        let streaming = self
+            .streaming
+            .get_or_insert_with(|| Streaming::start(self.options, self.pusher, self.start, Some(server.pid())));
         // Until the log is open nothing is held back: everybody waits for it.
         streaming.order(match stage {
             Stage::Private(_) => Order::Hurry,
@@ -167,7 +175,9 @@ impl Keeper<'_> {
                 }
                 ended = stream_ended, if has_task => {
                     caring = false;
-                    self.streaming = None;
+                    if let Some(streaming) = self.streaming.take() {
+                        self.left = *streaming.progress.borrow();
+                    }
                     let error = match ended {
                         Ok(Ok(_)) => Error::internal("the stream ended by itself"),
                         Ok(Err(error)) => error,
@@ -206,10 +216,8 @@ impl Keeper<'_> {
     async fn end(mut self, end: StageEnd) -> Result<i32> {
         self.events.emit(Event::ServerStopped { status: end.status.to_string() });
         let streamed = self.streaming.take();
-        let (received, durable) = streamed.as_ref().map_or((Lsn(0), Lsn(0)), |streaming| {
-            let progress = *streaming.progress.borrow();
-            (progress.received, progress.durable)
-        });
+        let Progress { received, durable, .. } =
+            streamed.as_ref().map_or(self.left, |streaming| *streaming.progress.borrow());
         if let Some(error) = end.failure {
             if error.kind() == Kind::Fenced {
                 self.events.emit(Event::Fenced { local: received, durable });
@@ -231,7 +239,7 @@ impl Keeper<'_> {
         let progress = streaming.progress.clone();
         let work = async {
             let log = streaming.task.await.map_err(|e| Error::internal("the stream's task ended").source(e))??;
-            self.release(log, status).await
+            ending::release(log, self.pusher, status.success(), self.events).await
         };
         let left = deadline.saturating_sub(self.clock.monotonic()).max(LAST_WORDS);
         let outcome = self.clock.within(left, work).await;
@@ -242,31 +250,6 @@ impl Keeper<'_> {
         };
         self.events.emit(Event::WalLeftBehind { durable: progress.borrow().durable, error });
     }
-
-    /// Ends the log so that the next machine need not wait, if the server ended cleanly and all of its WAL is there.
-    async fn release(&self, mut log: Appender, status: ExitStatus) -> Result<()> {
-        let data_dir = &self.options.data_dir;
-        let control = ControlFile::read(data_dir, version_of(data_dir)?)?;
-        if !status.success() || control.state != State::ShutDown {
-            return Err(Error::postgres(
-                "the server did not shut down cleanly: what it wrote last is on its disk only",
-            ));
-        }
-        catch_up(&mut log, self.pusher, shutdown_end(data_dir, &control)?).await?;
-        let durable = log.release().await?;
-        self.events.info(format!("released: everything up to {} is in the repository", durable.position.lsn));
-        Ok(())
-    }
-}
-
-/// Where the WAL of a server that was shut down ends: behind its last checkpoint's record.
-fn shutdown_end(data_dir: &Path, control: &ControlFile) -> Result<Lsn> {
-    let size = control.segment_size;
-    let name = SegmentName::new(control.newest_timeline(), size.number_at(control.checkpoint), size);
-    let path = data_dir.join("pg_wal").join(name.to_string());
-    let content = std::fs::read(&path).on("read", &path)?;
-    // A checkpoint's record is short; one that crosses into the next segment ends in its first page.
-    Ok(record_end(name, &content, control.checkpoint)?.unwrap_or(size.start_of(size.number_at(control.checkpoint) + 1)))
 }
 
 /// What is done for a running server.
@@ -320,26 +303,9 @@ impl Care<'_> {
         let limit = (self.options.rpo * 3).max(LAG_LEAST);
         let lag = watch_lag(progress.clone(), limit, clock.clone(), self.events.clone());
         tokio::select! {
-            ended = self.backups(writer, begins_anew) => ended,
-            () = hold::watch(self.options, progress, clock, self.events) => Ok(()),
+            ended = schedule::follow(self.options, self.pusher, writer, begins_anew, (self.events, self.board)) => ended,
+            () = hold::watch(self.options, progress, self.board, (clock, self.events)) => Ok(()),
             () = lag => Ok(()),
-        }
-    }
-
-    /// Base backups under the generation that is written now: after a gap the history begins anew, with a backup at once.
-    async fn backups(&self, mut writer: tokio::sync::watch::Receiver<Writer>, mut begins_anew: bool) -> Result<()> {
-        loop {
-            let pusher = Pusher { writer: writer.borrow_and_update().clone(), ..self.pusher.clone() };
-            self.board.generation(pusher.writer.claim.generation);
-            tokio::select! {
-                ended = schedule::backups(self.options, &pusher, begins_anew, (self.events, self.board)) => return ended,
-                changed = writer.changed() => {
-                    if changed.is_err() {
-                        return std::future::pending().await;
-                    }
-                    begins_anew = true;
-                }
-            }
         }
     }
 }
@@ -366,22 +332,6 @@ fn exit_code(status: ExitStatus) -> i32 {
     status.code().or_else(|| status.signal().map(|signal| 128 + signal)).unwrap_or(1)
 }
 
-/// What a stop is called that the platform's notice asked for.
-const NOTICE: &str = "notice";
-
-enum Asked {
-    Stop(&'static str),
-    Reload,
-}
-
-/// The next signal, or the notice that the machine goes away, which is one too.
-async fn asked(signals: &mut Signals, notice: &mut (impl Future<Output = String> + Unpin), noticed: bool) -> Asked {
-    tokio::select! {
-        asked = signals.next() => asked,
-        _ = notice, if !noticed => Asked::Stop(NOTICE),
-    }
-}
-
 /// Passes the server's lines on, and hears what is to be told of them. The words are those of PostgreSQL in English
 /// (replication/syncrep.c); with another `lc_messages` this one goes unheard.
 fn listener(events: &Events) -> Listener {
@@ -393,32 +343,4 @@ fn listener(events: &Events) -> Listener {
             events.emit(Event::WaitCancelled);
         }
     })
-}
-
-struct Signals {
-    term: Signal,
-    int: Signal,
-    quit: Signal,
-    hup: Signal,
-}
-
-impl Signals {
-    fn new() -> Result<Signals> {
-        let listen = |kind| signal(kind).map_err(|e| Error::local("could not listen for signals", e));
-        Ok(Signals {
-            term: listen(SignalKind::terminate())?,
-            int: listen(SignalKind::interrupt())?,
-            quit: listen(SignalKind::quit())?,
-            hup: listen(SignalKind::hangup())?,
-        })
-    }
-
-    async fn next(&mut self) -> Asked {
-        tokio::select! {
-            _ = self.term.recv() => Asked::Stop("SIGTERM"),
-            _ = self.int.recv() => Asked::Stop("SIGINT"),
-            _ = self.quit.recv() => Asked::Stop("SIGQUIT"),
-            _ = self.hup.recv() => Asked::Reload,
-        }
-    }
 }

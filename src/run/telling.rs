@@ -21,6 +21,11 @@ pub fn socket_path(data_dir: &Path) -> PathBuf {
     data_dir.join(OWN_DIR).join(SOCKET)
 }
 
+/// The file that is there while clients are served.
+pub fn ready_path(data_dir: &Path) -> PathBuf {
+    data_dir.join(OWN_DIR).join(READY)
+}
+
 /// Tasks that end with this.
 pub(super) struct Tasks(Vec<JoinHandle<()>>);
 
@@ -33,7 +38,7 @@ impl Drop for Tasks {
 /// Begins to answer.
 pub(super) fn tell(options: &Options, board: &Board, events: &Events) -> Result<Tasks> {
     disk::create_dir(&options.data_dir.join(OWN_DIR), 0o700)?;
-    disk::remove_if_there(&options.data_dir.join(OWN_DIR).join(READY))?;
+    disk::remove_if_there(&ready_path(&options.data_dir))?;
     let (path, told, own) = (socket_path(&options.data_dir), events.clone(), board.clone());
     // A socket's path has a limit that the data directory's may exceed: then only HTTP is left.
     let socket = tokio::spawn(async move {
@@ -71,10 +76,10 @@ pub(super) fn follow(board: &Board, mut progress: watch::Receiver<Progress>) -> 
 
 pub(super) fn ready(board: &Board, options: &Options) -> Result<()> {
     board.phase(Phase::Ready);
-    disk::write_note(&options.data_dir.join(OWN_DIR).join(READY), b"")
+    disk::write_note(&ready_path(&options.data_dir), b"")
 }
 
 pub(super) fn not_ready(board: &Board, options: &Options) -> Result<()> {
     board.phase(Phase::Stopping);
-    disk::remove_if_there(&options.data_dir.join(OWN_DIR).join(READY))
+    disk::remove_if_there(&ready_path(&options.data_dir))
 }

@@ -48,6 +48,7 @@ struct State {
     minutes: VecDeque<(Duration, u64)>,
     last_backup: Option<String>,
     generation: Generation,
+    degraded: bool,
 }
 
 /// One supervisor's board; clones share it.
@@ -77,6 +78,8 @@ pub struct Report {
     pub streaming: bool,
     /// At an RPO of zero: whether commits wait for longer than they should.
     pub commits_wait: bool,
+    /// At an RPO of zero: whether commits are acknowledged without being in the repository (`--on-bucket-loss degrade`).
+    pub degraded: bool,
     pub entries_last_hour: u64,
     pub last_backup: Option<String>,
 }
@@ -84,7 +87,7 @@ pub struct Report {
 impl Board {
     pub fn new(clock: Clock, generation: Generation, repository: String, rpo: Duration) -> Board {
         let (phase, wal, minutes) = (Phase::Starting, Wal::default(), VecDeque::new());
-        let state = State { phase, wal, minutes, last_backup: None, generation };
+        let state = State { phase, wal, minutes, last_backup: None, generation, degraded: false };
         Board { state: Arc::new(Mutex::new(state)), clock, repository, rpo }
     }
 
@@ -102,6 +105,10 @@ impl Board {
 
     pub fn backup(&self, id: String) {
         self.state().last_backup = Some(id);
+    }
+
+    pub fn degraded(&self, degraded: bool) {
+        self.state().degraded = degraded;
     }
 
     pub fn wal(&self, wal: Wal) {
@@ -136,7 +143,8 @@ impl Board {
             bytes_behind: wal.server.bytes_since(wal.durable),
             seconds_behind: waited.as_secs_f64(),
             streaming: wal.connected,
-            commits_wait: self.rpo.is_zero() && waited > Duration::from_secs(2),
+            commits_wait: self.rpo.is_zero() && !state.degraded && waited > Duration::from_secs(2),
+            degraded: state.degraded,
             entries_last_hour: wal.entries - state.minutes.front().map_or(0, |(_, entries)| *entries),
             last_backup: state.last_backup.clone(),
         }

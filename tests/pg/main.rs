@@ -13,6 +13,7 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod agent;
 mod boots;
 mod damage;
 mod live_backup;

@@ -105,3 +105,17 @@ fn the_same_with_segments_of_64_mb() {
 fn the_same_with_segments_of_1_mb() {
     a_machine_dies_under_load(Bucket::s3(), Postgres::debian(), &["--initdb-option=--wal-segsize=1"]);
 }
+
+/// The README's first command. It is its users' first minute with us, and was broken once without a test seeing it.
+#[test]
+fn the_demo_tells_its_story_and_leaves_nothing_behind() {
+    let scratch = Scratch::new();
+    let bucket = Bucket::directory(&scratch);
+    let demo = bucket.command(&["demo"]).env("TMPDIR", scratch.dir("tmp")).output().expect("runs");
+    assert!(demo.status.success(), "{}", text(&demo));
+    let told = String::from_utf8_lossy(&demo.stdout);
+    assert_eq!(told.matches(": the same").count(), 2, "{told}");
+    let left: Vec<_> =
+        std::fs::read_dir(scratch.path().join("tmp")).expect("listed").flatten().map(|e| e.file_name()).collect();
+    assert!(left.is_empty(), "{left:?}");
+}

@@ -66,6 +66,7 @@ fn a_paused_machine_that_was_replaced_wakes_up_fenced_and_nothing_acknowledged_i
     assert_eq!(first.ended(), FENCED);
     assert!(woken.elapsed() < Duration::from_secs(5), "it took {:?} to notice", woken.elapsed());
     assert!(first.log().contains("another machine has taken over"), "{}", first.log());
+    assert!(!first.log().contains("ended at 0/0"), "it says where the histories part: {}", first.log());
     assert!(first.data_dir().join("PG_VERSION").exists(), "its directory is kept");
     at_second.wait_for(50);
     let told: Vec<u64> = at_first.end().into_iter().chain(at_second.end()).map(|(_, id)| id).collect();
@@ -99,6 +100,20 @@ fn a_spare_waits_for_a_living_writer_and_takes_over_once_it_is_silent() {
     assert!(took > Duration::from_secs(2), "it did not wait: {took:?}");
     assert!(took < Duration::from_secs(20), "{took:?}");
     assert_eq!(spare.sql("SELECT count(*) FROM t"), "1");
+}
+
+#[test]
+fn a_spare_that_is_told_to_stop_just_stops() {
+    let scratch = Scratch::new();
+    let bucket = Bucket::directory(&scratch);
+    let mut first = Machine::new(&scratch, "a", &bucket);
+    first.start(&["--init"]).ready().with_backup();
+    let mut spare = Machine::new(&scratch, "b", &bucket);
+    spare.start(&["--takeover-after=60s"]).wait_for("waiting as a spare");
+    assert_eq!(spare.stop(), 0);
+    assert!(!spare.data_dir().join("PG_VERSION").exists(), "it has begun nothing");
+    assert_eq!(first.sql("SELECT 1"), "1");
+    assert_eq!(first.stop(), 0);
 }
 
 #[test]

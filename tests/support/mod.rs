@@ -276,6 +276,42 @@ impl Machine {
         self
     }
 
+    /// Starts the server itself, as something else would; `perennial agent` comes beside it.
+    pub fn serve(&mut self, options: &[&str]) -> &mut Machine {
+        rustix::process::set_child_subreaper(rustix::process::Pid::from_raw(1)).expect("set");
+        let log = std::fs::File::options().create(true).append(true).open(self.home.join("server.log")).expect("a log");
+        let mut command = Command::new(self.postgres.program("postgres"));
+        command.arg("-D").arg(self.data_dir()).args(["-c", "fsync=off", "-k"]).arg(&self.home);
+        if !options.iter().any(|option| option.starts_with("listen_addresses")) {
+            command.args(["-c", "listen_addresses="]);
+        }
+        command.args(options).env_clear().env("PATH", "/usr/bin:/bin");
+        command.envs(self.bucket.env.iter().map(|(name, value)| (name, value)));
+        command.current_dir("/").stdin(Stdio::null()).stdout(log.try_clone().expect("shared")).stderr(log);
+        // It is reaped by `kill`, as a process whose parent has gone.
+        drop(as_server_user(&mut command).spawn().expect("started"));
+        wait_until("the server is up", || self.try_sql("SELECT 1").is_ok());
+        self
+    }
+
+    /// Starts `perennial agent` for the server.
+    pub fn attend(&mut self, arguments: &[&str]) -> &mut Machine {
+        assert!(self.child.is_none(), "{} runs already", self.name);
+        let log = std::fs::File::create(self.log_path()).expect("a log");
+        let mut command = self.bucket.command(&["agent", "--verbose", "-D"]);
+        command.arg(self.data_dir()).args(arguments).stdout(log.try_clone().expect("shared")).stderr(log);
+        self.child = Some(command.spawn().expect("started"));
+        self
+    }
+
+    /// The server alone ends: SIGINT is its fast stop, SIGKILL its death.
+    pub fn server_ends(&mut self, signal: nix::sys::signal::Signal) -> &mut Machine {
+        let pid = nix::unistd::Pid::from_raw(self.postmaster().expect("it runs"));
+        nix::sys::signal::kill(pid, signal).expect("signalled");
+        wait_until("the server has ended", || has_ended(pid));
+        self
+    }
+
     fn log_path(&self) -> PathBuf {
         self.home.join("log")
     }
@@ -402,6 +438,8 @@ impl Machine {
     pub fn client(&self, program: &str) -> Command {
         let mut command = Command::new(Postgres::client(program));
         command.env("PGHOST", &self.home).env("PGUSER", server_user_name()).current_dir("/").stdin(Stdio::null());
+        let file = std::fs::read_to_string(self.data_dir().join("postmaster.pid")).unwrap_or_default();
+        command.env("PGPORT", file.lines().nth(3).unwrap_or("5432"));
         as_server_user(&mut command);
         command
     }

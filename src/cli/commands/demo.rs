@@ -56,6 +56,8 @@ struct Machine<'a> {
     stage: &'a Stage,
     name: &'static str,
     child: Child,
+    /// Then its server is for others only once the supervisor says so.
+    supervised: bool,
 }
 
 impl Stage {
@@ -87,7 +89,7 @@ impl Stage {
             .stdout(log)
             .stderr(errors)
             .spawn();
-        Ok(Machine { stage: self, name, child: child.on("start", &self.program)? })
+        Ok(Machine { stage: self, name, supervised: true, child: child.on("start", &self.program)? })
     }
 
     fn command(&self, arguments: &[&str]) -> Command {
@@ -109,8 +111,8 @@ impl Machine<'_> {
         let deadline = setup.clock.monotonic() + STEP;
         while setup.clock.monotonic() < deadline {
             let ready = |file: &PostmasterFile| file.status == ServerStatus::Ready && file.is_alive(&data_dir);
-            let up = PostmasterFile::of_starting(&data_dir)?.filter(ready);
-            if up.is_some() {
+            let up = PostmasterFile::of_starting(&data_dir)?.is_some_and(|file| ready(&file));
+            if up && (!self.supervised || crate::run::ready_path(&data_dir).is_file()) {
                 let connect = ConnectOptions { user: environment::connection().user, ..ConnectOptions::default() };
                 let client = Client::connect(&connect, &data_dir).await?;
                 if client.text("pg_is_in_recovery()").await? == "false" {
@@ -188,9 +190,10 @@ async fn play(setup: &Setup, stage: &Stage) -> Result<()> {
     tell("3. Machine A dies: kill -9, and its disk is wiped.");
     a.vanish()?;
 
-    tell("4. Machine B starts. It knows the address, nothing else:");
-    tell(&format!("     $ perennial run {} -D DATA", stage.repository()));
-    let b = stage.start("b", &["--rpo", "1s"])?;
+    tell("4. Machine B starts. It knows the address, nothing else. (A is known to be dead; otherwise B would wait");
+    tell("   until A has been silent for a minute.)");
+    tell(&format!("     $ perennial run {} -D DATA --takeover-after 0", stage.repository()));
+    let b = stage.start("b", &["--rpo", "1s", "--takeover-after", "0"])?;
     let sql = b.sql(setup).await?;
     let back = sql.text("SELECT count(*) FROM note").await?;
     drop(sql);
@@ -234,10 +237,13 @@ async fn wait_for_backup(setup: &Setup, stage: &Stage, machine: &Machine<'_>) ->
 
 /// Waits until everything written so far is in the bucket, as `--rpo 1s` promises it soon is.
 async fn wait_for_archive(setup: &Setup, machine: &Machine<'_>, sql: &Client) -> Result<()> {
-    let written = sql.text("SELECT pg_walfile_name(pg_current_wal_lsn())").await?;
+    let written = sql.text("SELECT pg_current_wal_flush_lsn()").await?;
+    let durable = format!(
+        "SELECT coalesce(max(flush_lsn) >= '{written}', false) FROM pg_stat_replication WHERE application_name = 'perennial'"
+    );
     let deadline = setup.clock.monotonic() + STEP;
     while setup.clock.monotonic() < deadline {
-        if sql.text("SELECT coalesce(last_archived_wal, '') FROM pg_stat_archiver").await? >= written {
+        if sql.text(&durable).await? == "true" {
             return Ok(());
         }
         setup.clock.sleep(Duration::from_millis(100)).await;
@@ -274,7 +280,8 @@ async fn past(setup: &Setup, stage: &Stage, moment: &str) -> Result<String> {
         .stdout(log)
         .stderr(errors)
         .spawn();
-    let copy = Machine { stage, name: "copy", child: child.on("start", install.program("postgres"))? };
+    let copy =
+        Machine { stage, name: "copy", supervised: false, child: child.on("start", install.program("postgres"))? };
     let count = copy.sql(setup).await?.text("SELECT count(*) FROM note").await?;
     // A plain server: SIGINT is its fast stop.
     let _ =

@@ -1,5 +1,6 @@
 //! One file per command: settings in, an operation called, its result told.
 
+mod agent;
 mod backup;
 mod demo;
 mod init;
@@ -24,6 +25,7 @@ pub fn dispatch(args: Args) -> Result<i32> {
     match args.command {
         Command::Init(args) => wide(init::run(&setup, args)),
         Command::Run(args) => run::run(&setup, args),
+        Command::Agent(args) => agent::run(&setup, args),
         Command::Backup(args) => backup::run(&setup, args),
         Command::Restore(args) => restore::run(&setup, args),
         Command::Wal(Wal::Push(args)) => narrow(wal::push(&setup, args)),

@@ -1,12 +1,14 @@
 //! `perennial run`.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::cli::setup::{Setup, callback, codec};
-use crate::cli::{args, environment, identity};
+use crate::cli::{args, environment, identity, memory};
 use crate::error::{Error, Result};
 use crate::postgres::ConnectOptions;
-use crate::run::{self, WhenBehind};
+use crate::repository::Codec;
+use crate::run::{self, OnBucketLoss, WhenBehind};
 use crate::storage::{Location, Policy, Scheme};
 
 use super::wide;
@@ -18,55 +20,79 @@ const IN_FLIGHT: u8 = 4;
 const HEARTBEAT: Duration = Duration::from_secs(30);
 const GRACE: Duration = Duration::from_secs(25);
 const TAKEOVER_AFTER: Duration = Duration::from_secs(60);
+const BUCKET_LOSS: Duration = Duration::from_secs(10);
 const BACKUP_EVERY: Duration = Duration::from_secs(86_400);
 
-pub fn run(setup: &Setup, args: args::Run) -> Result<i32> {
-    let data_dir = setup.data_dir(args.data_dir.clone())?;
+pub fn run(setup: &Setup, mut args: args::Run) -> Result<i32> {
+    let data_dir = setup.data_dir(args.keep.data_dir.take())?;
     identity::drop_root(&data_dir)?;
+    memory::hand_back();
     wide(async {
-        let location = location(setup, args.url.as_deref()).await?;
+        let location = location(setup, args.keep.url.as_deref()).await?;
         if let (Scheme::File { directory }, true) = (&location.scheme, args.init) {
             crate::disk::create_dir(directory, 0o700)?;
         }
         let store = setup.store(&location, Policy::default())?;
         let options = run::Options {
-            data_dir,
             init: args.init,
-            adopt: args.adopt,
             codec: codec(&args.codec)?,
             discard_diverged: args.discard_diverged,
-            rpo: duration(setup, args.rpo, setup.config.rpo.as_ref(), RPO)?,
-            linger: duration(setup, args.linger, setup.config.linger.as_ref(), LINGER)?,
-            in_flight: in_flight(setup, args.in_flight)?,
-            heartbeat: duration(setup, args.heartbeat, setup.config.heartbeat.as_ref(), HEARTBEAT)?,
-            grace: duration(setup, args.grace, setup.config.grace.as_ref(), GRACE)?,
-            takeover_after: duration(setup, args.takeover_after, setup.config.takeover_after.as_ref(), TAKEOVER_AFTER)?,
-            backup_every: duration(setup, args.backup_every, setup.config.backup_every.as_ref(), BACKUP_EVERY)?,
-            max_wal_behind: match (args.max_wal_behind, &setup.config.max_wal_behind) {
-                (None, Some(text)) => Some(text.parse()?),
-                (given, _) => given,
-            },
             when_behind: match args.when_behind.or(setup.config.when_behind) {
                 Some(args::WhenBehindArg::Drop) => WhenBehind::Drop,
                 Some(args::WhenBehindArg::Block) | None => WhenBehind::Block,
             },
-            http: args.http.or_else(|| setup.config.http.clone()),
-            notices: args.notices.or(setup.config.notices).map(|args::Platform::Ec2| environment::metadata_endpoint()),
             postgres_options: args.postgres_options,
             initdb_options: args.initdb_option,
             pg_bindir: args.pg_bindir.or_else(|| setup.config.pg_bindir.clone()),
-            search_path: environment::search_path(),
             // Always the server we started, wherever its sockets are.
             connect: ConnectOptions { host: None, port: None, ..environment::connection() },
-            host: environment::host_name(),
             fetch_command: callback(&setup.global, &location, "fetch")?,
+            ..options(setup, args.keep, data_dir)?
         };
         run::run(store, &options, &setup.clock, &setup.events).await
     })
 }
 
+/// What `run` and `agent` have in common; the rest is as for a server that something else runs.
+pub(super) fn options(setup: &Setup, keep: args::Keep, data_dir: PathBuf) -> Result<run::Options> {
+    let config = &setup.config;
+    Ok(run::Options {
+        data_dir,
+        init: false,
+        adopt: keep.adopt,
+        codec: Codec::default(),
+        discard_diverged: false,
+        rpo: duration(setup, keep.rpo, config.rpo.as_ref(), RPO)?,
+        linger: duration(setup, keep.linger, config.linger.as_ref(), LINGER)?,
+        in_flight: in_flight(setup, keep.in_flight)?,
+        heartbeat: duration(setup, keep.heartbeat, config.heartbeat.as_ref(), HEARTBEAT)?,
+        grace: duration(setup, keep.grace, config.grace.as_ref(), GRACE)?,
+        takeover_after: duration(setup, keep.takeover_after, config.takeover_after.as_ref(), TAKEOVER_AFTER)?,
+        backup_every: duration(setup, keep.backup_every, config.backup_every.as_ref(), BACKUP_EVERY)?,
+        max_wal_behind: match (keep.max_wal_behind, &config.max_wal_behind) {
+            (None, Some(text)) => Some(text.parse()?),
+            (given, _) => given,
+        },
+        when_behind: WhenBehind::Block,
+        on_bucket_loss: match keep.on_bucket_loss.or(config.on_bucket_loss) {
+            Some(args::OnBucketLossArg::Degrade) => OnBucketLoss::Degrade,
+            Some(args::OnBucketLossArg::Block) | None => OnBucketLoss::Block,
+        },
+        bucket_loss_after: duration(setup, keep.bucket_loss_after, config.bucket_loss_after.as_ref(), BUCKET_LOSS)?,
+        http: keep.http.or_else(|| config.http.clone()),
+        notices: keep.notices.or(config.notices).map(|args::Platform::Ec2| environment::metadata_endpoint()),
+        postgres_options: Vec::new(),
+        initdb_options: Vec::new(),
+        pg_bindir: config.pg_bindir.clone(),
+        search_path: environment::search_path(),
+        connect: environment::connection(),
+        host: environment::host_name(),
+        fetch_command: Vec::new(),
+    })
+}
+
 /// The address as given, or as the instance's metadata says.
-async fn location(setup: &Setup, argument: Option<&str>) -> Result<Location> {
+pub(super) async fn location(setup: &Setup, argument: Option<&str>) -> Result<Location> {
     if setup.address(argument).is_some() {
         return setup.location(argument);
     }

@@ -137,6 +137,11 @@ fn tell(repository: &Repository, report: &Report, now: Timestamp) {
     if told["commits_wait"] == true {
         output::line("COMMITS WAIT    the repository cannot be reached, and --rpo 0 was asked for");
     }
+    if told["degraded"] == true {
+        output::line(
+            "NOT SAFE        commits are acknowledged without being in the repository (--on-bucket-loss degrade)",
+        );
+    }
     output::line(format!("requests        {} with WAL in the last hour", told["entries_last_hour"]));
 }
 

@@ -19,8 +19,12 @@ const BEYOND: usize = 3 * IN_FLIGHT_MAX;
 /// Looks at a log that changes while it is looked at.
 const LOOKS: u32 = 8;
 
-/// Entries read at once.
+/// Heads of entries read at once.
 const PARALLEL: usize = 16;
+
+/// Entries read at once, as their size allows: those of single commits are small and many.
+const PARALLEL_ENTRIES: std::ops::RangeInclusive<u64> = 8..=64;
+const PARALLEL_BYTES: u64 = 32 << 20;
 
 /// An entry's object is never larger: WAL that does not compress, and the head.
 const OBJECT_MAX: u64 = (super::ENTRY_MAX + super::ENTRY_MAX / 128 + (64 << 10) + 1024) as u64;
@@ -60,6 +64,14 @@ pub struct LogRun {
     pub next: u64,
     /// When its last entry was written, by the writer's clock.
     pub at: Timestamp,
+}
+
+impl LogRun {
+    /// How many entries are read at once.
+    fn parallel(&self) -> usize {
+        let average = self.end.bytes_since(self.start) / (self.next - self.first).max(1);
+        (PARALLEL_BYTES / average.max(1)).clamp(*PARALLEL_ENTRIES.start(), *PARALLEL_ENTRIES.end()) as usize
+    }
 }
 
 impl Repository {
@@ -181,8 +193,9 @@ impl Repository {
             return Err(Error::internal(format!("{from} to {to} is not in the log's {} to {}", run.start, run.end)));
         }
         let first = self.entry_that_passes(run, from).await?;
-        let mut entries =
-            futures::stream::iter(first..run.next).map(|number| self.entry(run.generation, number)).buffered(PARALLEL);
+        let mut entries = futures::stream::iter(first..run.next)
+            .map(|number| self.entry(run.generation, number))
+            .buffered(run.parallel());
         let (mut at, mut before) = (from, None);
         while at < to {
             let Some(entry) = entries.try_next().await? else { break };
