@@ -18,7 +18,7 @@ use crate::error::{Error, Kind, Result};
 use crate::events::{Event, Events};
 use crate::model::Lsn;
 use crate::postgres::replication::Received;
-use crate::postgres::{ConnectOptions, PostmasterFile, Replication, ServerStatus};
+use crate::postgres::{Client, ConnectOptions, PostmasterFile, Replication, ServerStatus};
 use crate::repository::log::{Appender, Durable, ENTRY_MAX};
 use crate::repository::{Codec, Frame};
 
@@ -145,6 +145,9 @@ impl Stream {
         let mut wait = FIRST_WAIT;
         loop {
             self.until_up().await?;
+            if self.is_over() {
+                break;
+            }
             let ended = match self.connect().await {
                 Ok(connection) => {
                     wait = FIRST_WAIT;
@@ -187,7 +190,7 @@ impl Stream {
     async fn connect(&mut self) -> Result<Replication> {
         let mut connection = Replication::connect(&self.options.connect, &self.options.data_dir, &self.clock).await?;
         let identity = connection.identify().await?;
-        if identity.is_standby {
+        if is_standby(identity.is_standby, &self.options.connect, &self.options.data_dir).await? {
             return Err(Error::refused("the server has become a standby: another one is the primary now"));
         }
         let (at, timeline) = (self.received(), self.log.end().timeline);
@@ -436,6 +439,14 @@ impl Stream {
             self.landed(landed);
         }
         Ok(())
+    }
+}
+
+/// Whether the server recovers: as it said when it let us in, or asked (before PostgreSQL 14).
+pub async fn is_standby(said: Option<bool>, connect: &ConnectOptions, data_dir: &std::path::Path) -> Result<bool> {
+    match said {
+        Some(standby) => Ok(standby),
+        None => Ok(Client::connect(connect, data_dir).await?.text("pg_is_in_recovery()").await? == "true"),
     }
 }
 

@@ -98,8 +98,12 @@ impl Client {
         }
         let place = format!("{host}:{port}, user {user}, database {database}");
         let failed = |e: tokio_postgres::Error| {
-            Error::postgres(format!("could not connect to PostgreSQL at {place}: {}", text_of(&e)))
-                .hint("set PGHOST, PGPORT, PGUSER and PGPASSWORD or PGPASSFILE as for psql")
+            let error = Error::postgres(format!("could not connect to PostgreSQL at {place}: {}", text_of(&e)))
+                .hint("set PGHOST, PGPORT, PGUSER and PGPASSWORD or PGPASSFILE as for psql");
+            // A server that starts, stops, or has no room may let us in later; one that does not know us will not.
+            let refused =
+                e.code().is_some_and(|code| ["28", "3D", "42"].iter().any(|class| code.code().starts_with(class)));
+            if refused { error } else { error.retryable() }
         };
         let inner = match options.tls()? {
             None => {

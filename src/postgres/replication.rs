@@ -44,7 +44,7 @@ pub struct Replication {
     place: String,
     clock: Clock,
     /// What the server said when it let us in (the parameter `in_hot_standby`, since PostgreSQL 14).
-    is_standby: bool,
+    is_standby: Option<bool>,
 }
 
 impl std::fmt::Debug for Replication {
@@ -60,8 +60,8 @@ pub struct Identity {
     pub timeline: Timeline,
     /// How far WAL is flushed on the server's disk.
     pub flushed: Lsn,
-    /// It recovers. Servers before PostgreSQL 14 do not say so, and are taken for primaries.
-    pub is_standby: bool,
+    /// Whether it recovers; servers before PostgreSQL 14 do not say.
+    pub is_standby: Option<bool>,
 }
 
 /// What a stream brings.
@@ -112,7 +112,7 @@ impl Replication {
             received: BytesMut::with_capacity(256 << 10),
             place,
             clock: clock.clone(),
-            is_standby: false,
+            is_standby: None,
         };
         this.log_in(address).await?;
         Ok(this)
@@ -161,7 +161,11 @@ impl Replication {
                 },
                 b'Z' => return Ok(()),
                 b'E' => return Err(Refusal::parse(&body).into_error("log in")),
-                b'S' => self.is_standby |= body.as_ref() == b"in_hot_standby\0on\0",
+                b'S' => match body.as_ref() {
+                    b"in_hot_standby\0on\0" => self.is_standby = Some(true),
+                    b"in_hot_standby\0off\0" => self.is_standby = Some(false),
+                    _ => (),
+                },
                 // The cancellation key, notices.
                 b'K' | b'N' => (),
                 _ => return Err(unexpected("an answer to the log in")),

@@ -36,8 +36,8 @@ pub(super) struct Streaming {
 const AGAIN: Duration = Duration::from_secs(2);
 
 impl Streaming {
-    /// Begins to stream from the server with this process number (`None`: whichever runs there), once it is up.
-    pub fn start(options: &Options, pusher: &Pusher, start: Start, server: Option<i32>) -> Streaming {
+    /// Begins to stream from the server, once it is up.
+    pub fn start(options: &Options, pusher: &Pusher, start: Start, server: Expected) -> Streaming {
         let (orders, ordered) = watch::channel(Order::Run);
         let (told, progress) = watch::channel(Progress::default());
         let (wrote, writer) = watch::channel(pusher.writer.clone());
@@ -51,6 +51,17 @@ impl Streaming {
     }
 }
 
+/// Which server is streamed from.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Expected {
+    /// The one with this process number.
+    Started(i32),
+    /// A primary that runs there, if it is still on this timeline.
+    On(Timeline),
+    /// The one that was streamed from before.
+    Same,
+}
+
 /// The task's ends of the ways to it.
 struct Channels {
     orders: watch::Receiver<Order>,
@@ -62,7 +73,7 @@ async fn stream(
     options: Options,
     mut pusher: Pusher,
     mut start: Start,
-    mut server: Option<i32>,
+    mut server: Expected,
     channels: Channels,
 ) -> Result<Appender> {
     loop {
@@ -74,7 +85,7 @@ async fn stream(
                 pusher.writer = begin_anew(&options, &pusher, &channels.orders).await?;
                 channels.writer.send_replace(pusher.writer.clone());
                 // It has been up for long, and is in another stage than when we began.
-                (start, server) = (Start::Now, None);
+                (start, server) = (Start::Now, Expected::Same);
             }
             ended => return ended,
         }
@@ -85,13 +96,24 @@ async fn one_log(
     options: &Options,
     pusher: &Pusher,
     start: Start,
-    server: Option<i32>,
+    server: Expected,
     channels: &Channels,
 ) -> Result<Appender> {
     let clock = pusher.repository.clock();
     let identity = identify(options, server, &channels.orders, clock).await?;
     if identity.system_id != pusher.writer.claim.system_id {
         return Err(Error::refused(format!("the server that came up is another cluster: {}", identity.system_id)));
+    }
+    if stream::is_standby(identity.is_standby, &options.connect, &options.data_dir).await? {
+        return Err(Error::refused("the server has become a standby: another one is the primary now"));
+    }
+    if let Expected::On(timeline) = server
+        && identity.timeline != timeline
+    {
+        return Err(Error::refused(format!(
+            "the server went from timeline {timeline} to {} meanwhile",
+            identity.timeline
+        )));
     }
     // Nobody could follow WAL whose timeline is unknown.
     push_history(&pusher.repository, &pusher.writer, &options.data_dir, &pusher.events).await?;
@@ -165,7 +187,7 @@ fn is_over(orders: &watch::Receiver<Order>) -> bool {
 /// Waits for the server and asks where it is.
 async fn identify(
     options: &Options,
-    server: Option<i32>,
+    server: Expected,
     orders: &watch::Receiver<Order>,
     clock: &Clock,
 ) -> Result<Identity> {
@@ -174,7 +196,8 @@ async fn identify(
             return Err(Error::postgres("the server ended before its stream began"));
         }
         let file = PostmasterFile::of_starting(&options.data_dir)?;
-        if file.is_some_and(|file| server.is_none_or(|pid| file.pid == pid) && file.status == ServerStatus::Ready) {
+        let expected = |file: &PostmasterFile| !matches!(server, Expected::Started(pid) if pid != file.pid);
+        if file.is_some_and(|file| expected(&file) && file.status == ServerStatus::Ready) {
             let connected = Replication::connect(&options.connect, &options.data_dir, clock).await;
             let identity = match connected {
                 Ok(mut connection) => connection.identify().await,

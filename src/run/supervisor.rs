@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use super::server::{self, Stage};
 use super::signals::{Asked, NOTICE, Signals, asked};
-use super::streaming::Streaming;
+use super::streaming::{Expected, Streaming};
 use super::{Options, Start, ending, hold, notices, schedule, telling};
 use crate::archive::push::Pusher;
 use crate::archive::stream::{Order, Progress, watch_lag};
@@ -108,9 +108,9 @@ impl Keeper<'_> {
             self.events.emit(Event::ServerStarting { command: text });
         }
         let mut server = Postmaster::start(&command, listener(self.events))?;
-        let streaming = self
-            .streaming
-            .get_or_insert_with(|| Streaming::start(self.options, self.pusher, self.start, Some(server.pid())));
+        let streaming = self.streaming.get_or_insert_with(|| {
+            Streaming::start(self.options, self.pusher, self.start, Expected::Started(server.pid()))
+        });
         // Until the log is open nothing is held back: everybody waits for it.
         streaming.order(match stage {
             Stage::Private(_) => Order::Hurry,

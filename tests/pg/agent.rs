@@ -78,15 +78,8 @@ fn the_agents_follow_a_promotion_and_the_old_primary_is_fenced_when_it_comes_bac
     first.attend(&[&shout]).ready().with_backup();
     first.sql("CREATE TABLE t (id int); INSERT INTO t VALUES (1)");
 
-    let mut second = Machine::new(&scratch, "b", &bucket);
-    let copied = first
-        .client("pg_basebackup")
-        .args(["-R", "-X", "stream", "-c", "fast", "-D"])
-        .arg(second.data_dir())
-        .status()
-        .expect("pg_basebackup runs");
-    assert!(copied.success());
-    second.serve(&[]).attend(&["--takeover-after=0"]).wait_for("waiting until a primary runs");
+    let mut second = standby(&scratch, "b", &bucket, &first);
+    second.attend(&["--takeover-after=0"]).wait_for("waiting until a primary runs");
     first.sql("INSERT INTO t VALUES (2)");
     let at = first.sql("SELECT pg_current_wal_lsn()");
     wait_until("the standby has it", || second.sql(&format!("SELECT pg_last_wal_replay_lsn() >= '{at}'")) == "t");
@@ -150,4 +143,58 @@ fn a_server_that_wants_tls_and_a_password_is_attended_too() {
     let said = wrong.must_fail(&["backup", "-D", data_dir.to_str().expect("text")], 76);
     assert!(said.contains("password authentication failed"), "{said}");
     assert_eq!(machine.stop(), 0);
+}
+
+/// A standby of `first`, up and following it.
+fn standby(scratch: &Scratch, name: &str, bucket: &Bucket, first: &Machine) -> Machine {
+    let mut second = Machine::new(scratch, name, bucket);
+    let mut copy = first.client("pg_basebackup");
+    let copied = copy.args(["-R", "-X", "stream", "-c", "fast", "-D"]).arg(second.data_dir()).status();
+    assert!(copied.expect("pg_basebackup runs").success());
+    second.serve(&[]);
+    second
+}
+
+#[test]
+fn a_copy_of_a_living_servers_disk_is_refused_and_the_server_lives_on() {
+    let scratch = Scratch::new();
+    let bucket = Bucket::directory(&scratch);
+    let mut first = served(&scratch, &bucket);
+    first.attend(&[]).ready().with_backup();
+    first.sql("CREATE TABLE t (id int); INSERT INTO t VALUES (1)");
+    first.server_ends(Signal::SIGINT);
+    let mut copy = Machine::new(&scratch, "b", &bucket);
+    let copied = std::process::Command::new("cp").arg("-a").args([first.data_dir(), copy.data_dir()]).status();
+    assert!(copied.expect("cp runs").success());
+    first.serve(&[]);
+    first.sql("INSERT INTO t VALUES (2)");
+    first.archived();
+    copy.serve(&[]).attend(&["--takeover-after=0"]);
+    assert_eq!(copy.ended(), 73, "{}", copy.log());
+    assert!(copy.log().contains("does not continue the repository"), "{}", copy.log());
+    first.sql("INSERT INTO t VALUES (3)");
+    first.archived();
+    assert_eq!(bucket.json(&["list"])["generations"].as_array().map(Vec::len), Some(1), "nobody claimed");
+    assert_eq!(first.stop(), 0);
+}
+
+#[test]
+fn a_promotion_that_would_lose_acknowledged_commits_is_refused_at_rpo_zero() {
+    let scratch = Scratch::new();
+    let bucket = Bucket::directory(&scratch);
+    let mut first = served(&scratch, &bucket);
+    first.attend(&["--rpo=0"]).ready().with_backup();
+    let mut second = standby(&scratch, "b", &bucket, &first);
+    second.server_ends(Signal::SIGINT);
+    // Acknowledged, because it is in the bucket; the standby that is promoted next never saw it.
+    first.sql("CREATE TABLE t (id int); INSERT INTO t VALUES (1)");
+    first.vanish();
+    second.serve(&[]).sql("SELECT pg_promote()");
+    second.attend(&["--rpo=0", "--takeover-after=0"]);
+    assert_eq!(second.ended(), 73, "{}", second.log());
+    assert!(second.log().contains("no acknowledged commit may be lost"), "{}", second.log());
+    let mut next = Machine::new(&scratch, "c", &bucket);
+    next.start(&["--rpo=0"]).ready();
+    assert_eq!(next.sql("SELECT count(*) FROM t"), "1");
+    assert_eq!(next.stop(), 0);
 }

@@ -12,12 +12,16 @@ use crate::repository::log::Position;
 use crate::run::boot::{Holder, Refusal};
 use crate::wal::History;
 
-/// The newest generation of the repository, and how far its log goes (`None`: it was never opened).
+/// The newest claim of the repository, and the newest generation that wrote anything.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Newest {
     pub claim: Claim,
-    pub end: Option<Position>,
+    /// The claim was made for this data directory.
+    pub mine: bool,
+    /// Whether its writer may live, for all that was seen of its log.
     pub holder: Holder,
+    /// Later claims have no history to be compared with; `None`: nobody ever wrote.
+    pub wrote: Option<(Generation, Position)>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -30,6 +34,8 @@ pub struct Facts {
     pub newest: Option<Newest>,
     /// `--adopt`.
     pub adopt: bool,
+    /// No acknowledged commit may be lost.
+    pub nothing_lost: bool,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -85,7 +91,7 @@ impl fmt::Display for Decision {
 }
 
 pub fn decide(facts: &Facts) -> Decision {
-    let Some(Newest { claim, end, holder }) = &facts.newest else { return Decision::Begin { newest: None } };
+    let Some(Newest { claim, mine, holder, wrote }) = &facts.newest else { return Decision::Begin { newest: None } };
     if claim.system_id != facts.system_id {
         return Decision::Refuse(Refusal {
             kind: Kind::Refused,
@@ -94,23 +100,38 @@ pub fn decide(facts: &Facts) -> Decision {
         });
     }
     let newest = claim.clone();
-    // A claim that wrote nothing has no history to be compared with.
-    let Some(end) = end else {
-        return match (facts.ours == Some(claim.generation), holder) {
-            (false, Holder::MayLive) => Decision::Spare { holder: newest },
-            _ => Decision::Begin { newest: Some(newest) },
-        };
+    let decision = match wrote {
+        None => Decision::Begin { newest: Some(newest) },
+        Some((writer, end)) => {
+            let same_disk = *mine || (facts.ours == Some(*writer) && *writer == claim.generation);
+            after(facts, newest, same_disk, *end)
+        }
     };
-    if facts.ours == Some(claim.generation) && end.timeline == facts.history.timeline {
+    let waits = *holder == Holder::MayLive && !mine;
+    match decision {
+        Decision::Begin { .. } | Decision::Follow { .. } if waits => Decision::Spare { holder: claim.clone() },
+        decision => decision,
+    }
+}
+
+/// What comes after a history that ends at `end`.
+fn after(facts: &Facts, newest: Claim, same_disk: bool, end: Position) -> Decision {
+    if facts.adopt {
+        return Decision::Begin { newest: Some(newest) };
+    }
+    if same_disk && end.timeline == facts.history.timeline {
         return Decision::Continue { newest };
     }
-    let promoted = facts.history.end_of(end.timeline).flatten();
-    let follows = promoted.map(|at| Decision::Follow { newest: newest.clone(), at, end: end.lsn });
-    match follows.or(facts.adopt.then(|| Decision::Begin { newest: Some(newest.clone()) })) {
-        Some(_) if *holder == Holder::MayLive && facts.ours != Some(claim.generation) => {
-            Decision::Spare { holder: newest }
-        }
-        Some(decision) => decision,
+    match facts.history.end_of(end.timeline).flatten() {
+        Some(at) if at < end.lsn && facts.nothing_lost => Decision::Refuse(Refusal {
+            kind: Kind::Refused,
+            why: format!(
+                "the server was promoted at {at}, but commits up to {} were acknowledged under generation {}",
+                end.lsn, newest.generation
+            ),
+            hint: "no acknowledged commit may be lost (--rpo 0): restore the newest state (perennial run, or restore), or give these commits up with --adopt".to_owned(),
+        }),
+        Some(at) => Decision::Follow { newest, at, end: end.lsn },
         None => Decision::Refuse(other_history(&newest, end.timeline, facts.history.timeline)),
     }
 }
@@ -153,18 +174,20 @@ mod tests {
     fn facts(
         timeline: u32,
         switches: &[(u32, u64)],
-        end: Option<(u32, u64)>,
+        wrote: Option<(u32, u64)>,
         holder: Holder,
         ours: Option<u32>,
     ) -> Facts {
         let switches = switches.iter().map(|(of, at)| Switch { timeline: Timeline(*of), at: Lsn(*at) }).collect();
-        let end = end.map(|(timeline, lsn)| Position { timeline: Timeline(timeline), lsn: Lsn(lsn) });
+        let end = |(timeline, lsn)| (Generation(4), Position { timeline: Timeline(timeline), lsn: Lsn(lsn) });
+        let mine = ours == Some(4);
         Facts {
             system_id: SystemId(7),
             history: History { timeline: Timeline(timeline), switches },
             ours: ours.map(Generation),
-            newest: Some(Newest { claim: claim(4), end, holder }),
+            newest: Some(Newest { claim: claim(4), mine, holder, wrote: wrote.map(end) }),
             adopt: false,
+            nothing_lost: false,
         }
     }
 
@@ -193,6 +216,29 @@ mod tests {
             facts.adopt = true;
             assert_eq!(decide(&facts), Decision::Begin { newest: Some(claim(4)) });
         }
+    }
+
+    #[test]
+    fn a_claim_that_wrote_nothing_does_not_hide_what_was_written_before() {
+        let mut stale = facts(1, &[], Some((2, 100)), Holder::Gone, Some(1));
+        if let Some(newest) = &mut stale.newest {
+            newest.claim = claim(5);
+        }
+        assert!(matches!(decide(&stale), Decision::Refuse(refusal) if refusal.kind == Kind::Fenced));
+        let living = facts(1, &[], None, Holder::MayLive, None);
+        assert_eq!(decide(&living), Decision::Spare { holder: claim(4) });
+    }
+
+    #[test]
+    fn a_promotion_that_lacks_acknowledged_commits_is_refused_where_none_may_be_lost() {
+        let mut behind = facts(3, &[(1, 50), (2, 90)], Some((2, 100)), Holder::Gone, None);
+        behind.nothing_lost = true;
+        assert!(matches!(decide(&behind), Decision::Refuse(refusal) if refusal.kind == Kind::Refused));
+        behind.adopt = true;
+        assert_eq!(decide(&behind), Decision::Begin { newest: Some(claim(4)) });
+        let mut whole = facts(3, &[(1, 50), (2, 100)], Some((2, 100)), Holder::Gone, None);
+        whole.nothing_lost = true;
+        assert!(matches!(decide(&whole), Decision::Follow { .. }));
     }
 
     #[test]
