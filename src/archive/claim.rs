@@ -22,10 +22,12 @@ const ORIGIN: &str = "origin";
 /// Attempts to claim when others claim at the same time.
 const CLAIM_ATTEMPTS: u32 = 5;
 
-/// The writer of this data directory: as noted, or claimed now.
+/// The writer of this data directory: as noted, or claimed now. `timeline`: of the WAL that is to be stored. If the server
+/// was promoted since the claim, another may have been the primary meanwhile; then the next generation begins.
 pub async fn ensure_writer(
     store: Arc<dyn Store>,
     data_dir: &Path,
+    timeline: Option<Timeline>,
     host: &str,
     clock: &Clock,
     events: &Events,
@@ -33,13 +35,21 @@ pub async fn ensure_writer(
     let own_dir = data_dir.join(OWN_DIR);
     let noted = Writer::load(&own_dir)?;
     let address = store.url("").trim_end_matches('/').to_owned();
-    if let Some(writer) = noted.clone().filter(|writer| writer.address == address) {
+    let is_current = |writer: &Writer| writer.address == address && !writer.is_older_than(timeline);
+    if let Some(writer) = noted.clone().filter(is_current) {
         return Ok(writer);
     }
     let repository = Repository::open(store, clock).await?;
-    let writer = match noted.filter(|writer| writer.descriptor.repository_id == repository.descriptor().repository_id) {
-        // The same repository under another address: it was moved.
-        Some(writer) => Writer { address, ..writer },
+    let same = |writer: &Writer| writer.descriptor.repository_id == repository.descriptor().repository_id;
+    let writer = match noted.filter(same) {
+        Some(writer)
+            if writer.is_older_than(timeline)
+                && repository.newest_generation().await? != Some(writer.claim.generation) =>
+        {
+            claim(&repository, data_dir, host, events).await?
+        }
+        // The same repository under another address (it was moved), or promoted with nobody else in between.
+        Some(writer) => Writer { address, timeline: timeline.max(writer.timeline), ..writer },
         None => claim(&repository, data_dir, host, events).await?,
     };
     writer.save(&own_dir)?;
@@ -83,7 +93,8 @@ async fn claim(repository: &Repository, data_dir: &Path, host: &str, events: &Ev
         let parent = origin.or(newest);
         if let Some(claim) = repository.try_claim(newest, parent, &new).await? {
             events.emit(Event::GenerationClaimed { generation: claim.generation, parent: claim.parent });
-            let writer = Writer::new(repository, claim);
+            let timeline = Some(control.newest_timeline());
+            let writer = Writer { timeline, ..Writer::new(repository, claim) };
             push_history(repository, &writer, data_dir, events).await?;
             return Ok(writer);
         }

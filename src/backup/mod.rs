@@ -67,6 +67,8 @@ pub async fn run(repository: &Repository, options: &Options, events: &Events) ->
     check_newest(repository, options.generation).await?;
     let started_at = client.now().await?;
     let start = client.start_backup(server.version, "perennial", options.fast).await?;
+    // After a promotion the timeline shows there only with the next checkpoint: the one that has just been made.
+    let control = ControlFile::read(&options.data_dir, server.version)?;
     let nonce = u16::from_le_bytes(repository.clock().random());
     let id = BackupId { generation: options.generation, start, nonce };
 

@@ -55,6 +55,8 @@ pub enum Command {
     List,
     /// Show how old the newest durable WAL is
     Status(Status),
+    /// Check that everything a restore could need is there and sound
+    Verify(Verify),
     /// Watch a database survive its machine, in a temporary directory
     Demo(Demo),
     /// Print a shell's completions
@@ -333,6 +335,13 @@ pub struct Status {
     /// Data directory: show what waits there too
     #[arg(short = 'D', long = "pgdata", value_name = "DIR", env = "PGDATA", hide_env_values = true)]
     pub data_dir: Option<PathBuf>,
+}
+
+#[derive(Debug, ClapArgs)]
+pub struct Verify {
+    /// Read all of it: every frame's hash, every record of WAL [default: presence and sizes; manifests are read]
+    #[arg(long)]
+    pub full: bool,
 }
 
 #[derive(Debug, ClapArgs)]

@@ -147,3 +147,34 @@ pub struct NewWriter {
     pub segment_size: SegmentSize,
     pub host: String,
 }
+
+/// The generations no other has as its parent, newest first: each ends a history of its own.
+pub fn tips(claims: &[Claim]) -> Vec<Generation> {
+    let is_parent = |generation: Generation| claims.iter().any(|claim| claim.parent == Some(generation));
+    claims.iter().rev().map(|claim| claim.generation).filter(|generation| !is_parent(*generation)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::{SystemId, WriteId};
+    use crate::wal::SegmentSize;
+
+    #[test]
+    fn each_history_is_shown_once_by_its_newest_generation() {
+        let claim = |generation: u32, parent: Option<u32>| Claim {
+            kind: String::new(),
+            format: 1,
+            writer_id: WriteId([0; 16]),
+            generation: Generation(generation),
+            parent: parent.map(Generation),
+            system_id: SystemId(1),
+            pg_major: 15,
+            segment_size: SegmentSize::try_from(16 << 20).expect("16 MB"),
+            claimed_at: Timestamp::from_unix_micros(0),
+            host: String::new(),
+        };
+        let claims = [claim(1, None), claim(2, Some(1)), claim(3, Some(2)), claim(4, Some(1))];
+        assert_eq!(tips(&claims), [Generation(4), Generation(3)]);
+    }
+}

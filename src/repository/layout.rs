@@ -6,6 +6,7 @@ use crate::wal::{SegmentName, WalFileName};
 pub const DESCRIPTOR: &str = "perennial.json";
 pub const PROBE: &str = "perennial.probe";
 pub const GENERATIONS: &str = "generations";
+pub const PACKS: &str = "packs";
 pub const BACKUPS: &str = "backups";
 
 pub fn generation_dir(generation: Generation) -> String {
@@ -59,7 +60,7 @@ pub fn manifest(backup: BackupId) -> String {
 }
 
 pub fn pack(pack: PackId) -> String {
-    format!("packs/{pack}")
+    format!("{PACKS}/{pack}")
 }
 
 /// The generation of a `generations/…` directory.

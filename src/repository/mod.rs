@@ -26,7 +26,7 @@ use crate::storage::{Body, Created, Store, probe, read_small};
 
 pub use codec::Codec;
 pub use descriptor::Descriptor;
-pub use generation::{Claim, Lineage, NewWriter};
+pub use generation::{Claim, Lineage, NewWriter, tips};
 pub use wal_content::Known;
 pub use wal_index::{WalIndex, WalPlace, WalSource};
 pub use wal_object::{FRAME, FRAMES_MAX, Frame, Plain, Put, WalHead, WalObject};

@@ -185,6 +185,20 @@ impl Repository {
         Ok(Some(head))
     }
 
+    /// Whether an archived file is there with the size its head says; nothing of its content is read.
+    pub async fn wal_is_whole(&self, generation: Generation, name: WalFileName) -> Result<()> {
+        let key = layout::wal_file(generation, name);
+        let chunk = self.must_read(&key, 0..envelope::HEAD_MAX).await?;
+        let (head, length) = self.unwrap_wal(&key, name, &chunk.bytes)?;
+        let stored: u64 = head.frames.iter().map(|(stored, _)| stored).sum();
+        match (length as u64).saturating_add(stored) == chunk.object_size {
+            true => Ok(()),
+            false => {
+                Err(self.corrupt(&key, format!("it is {} bytes long, its head says otherwise", chunk.object_size)))
+            }
+        }
+    }
+
     fn unwrap_wal(&self, key: &str, name: WalFileName, bytes: &[u8]) -> Result<(WalHead, usize)> {
         let (head, length): (WalHead, usize) = envelope::unwrap(bytes, FORMAT).map_err(|why| self.corrupt(key, why))?;
         if head.name != name.to_string() {

@@ -9,7 +9,7 @@ use super::{Claim, Descriptor, Repository, document};
 use crate::clock::Clock;
 use crate::disk;
 use crate::error::{Error, Result};
-use crate::model::WriteId;
+use crate::model::{Timeline, WriteId};
 use crate::storage::Store;
 
 /// The local note of a claim. It is not in base backups, so a restored directory has none until it claims anew.
@@ -19,6 +19,9 @@ pub struct Writer {
     pub address: String,
     pub descriptor: Descriptor,
     pub claim: Claim,
+    /// The timeline it was claimed on, where nobody watches the server: WAL of a later one says that it was promoted since.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub timeline: Option<Timeline>,
 }
 
 /// Names of files inside our directory of the data directory: the note, and the id of a claim that is being made.
@@ -27,7 +30,7 @@ const CLAIMING: &str = "claiming";
 
 impl Writer {
     pub fn new(repository: &Repository, claim: Claim) -> Writer {
-        Writer { address: repository.address(), descriptor: repository.descriptor().clone(), claim }
+        Writer { address: repository.address(), descriptor: repository.descriptor().clone(), claim, timeline: None }
     }
 
     fn path(own_dir: &Path) -> PathBuf {
@@ -64,6 +67,11 @@ impl Writer {
 
     pub fn forget(own_dir: &Path) -> Result<()> {
         disk::remove_if_there(&Writer::path(own_dir))
+    }
+
+    /// Whether WAL of this timeline says that the server was promoted since the claim.
+    pub fn is_older_than(&self, timeline: Option<Timeline>) -> bool {
+        self.timeline.zip(timeline).is_some_and(|(noted, now)| now > noted)
     }
 
     /// The repository as the note knows it; nothing is asked.

@@ -22,7 +22,7 @@ use crate::repository::{Repository, layout};
 
 /// Requests at once, and how much each asks for at most. The memory budget of a restore is twice their product and a
 /// region for each, about 60 MB, besides the list of files.
-const REQUESTS: usize = 6;
+pub(super) const REQUESTS: usize = 6;
 const RANGE_MAX: u64 = 4 << 20;
 
 /// Bytes between two wanted frames that are cheaper to read than to ask around.
@@ -84,10 +84,10 @@ struct Piece {
 
 /// Frames of one pack that are fetched with one request.
 #[derive(Debug)]
-struct Range {
-    pack: PackId,
-    start: u64,
-    end: u64,
+pub(super) struct Range {
+    pub pack: PackId,
+    pub start: u64,
+    pub end: u64,
     pieces: Vec<Piece>,
 }
 
@@ -121,7 +121,7 @@ fn place_of(data_dir: &Path, path: &str) -> Result<PathBuf> {
 }
 
 /// Sorts what is wanted by place in the packs and joins neighbours.
-fn ranges(contents: &Contents) -> Vec<Range> {
+pub(super) fn ranges(contents: &Contents) -> Vec<Range> {
     let mut pieces: Vec<Piece> = Vec::new();
     for (file, entry) in contents.files.iter().enumerate() {
         let mut offset = 0;
@@ -160,6 +160,35 @@ async fn fetch_range(
     tokio::task::spawn_blocking(write).await.map_err(|e| Error::internal("a writing thread ended").source(e))?
 }
 
+/// Reads a range and checks every frame in it.
+pub(super) async fn check_range(repository: Repository, range: Range) -> Result<()> {
+    let bytes = repository.read_pack(range.pack, range.start..range.end).await?;
+    let check = move || {
+        let mut plain = Vec::new();
+        range
+            .pieces
+            .iter()
+            .try_for_each(|piece| unpack(&range, &bytes, piece, &mut plain))
+            .map_err(|why| repository.corrupt(&layout::pack(range.pack), why))
+    };
+    tokio::task::spawn_blocking(check).await.map_err(|e| Error::internal("a checking thread ended").source(e))?
+}
+
+/// The content of one frame, if it is what the manifest says; otherwise why not.
+fn unpack(range: &Range, bytes: &Bytes, piece: &Piece, plain: &mut Vec<u8>) -> std::result::Result<(), String> {
+    let frame = piece.region.frame;
+    let start = (frame.offset - range.start) as usize;
+    let stored = &bytes[start..start + frame.stored as usize];
+    if Sha256::of(stored) != frame.sha256 {
+        return Err(format!("the checksum of the frame at {} does not hold", frame.offset));
+    }
+    decompress_to(stored, piece.region.plain as usize, plain)?;
+    match crc32c::crc32c(plain) == piece.region.crc {
+        true => Ok(()),
+        false => Err(format!("the frame at {} does not hold what the manifest says", frame.offset)),
+    }
+}
+
 fn write_range(
     repository: &Repository,
     range: &Range,
@@ -171,20 +200,7 @@ fn write_range(
     let mut open_file: Option<(usize, File)> = None;
     let mut plain = Vec::new();
     for piece in &range.pieces {
-        let frame = piece.region.frame;
-        let start = (frame.offset - range.start) as usize;
-        let stored = &bytes[start..start + frame.stored as usize];
-        if Sha256::of(stored) != frame.sha256 {
-            return Err(
-                repository.corrupt(&key, format!("the checksum of the frame at {} does not hold", frame.offset))
-            );
-        }
-        decompress_to(stored, piece.region.plain as usize, &mut plain).map_err(|why| repository.corrupt(&key, why))?;
-        if crc32c::crc32c(&plain) != piece.region.crc {
-            return Err(
-                repository.corrupt(&key, format!("the frame at {} does not hold what the manifest says", frame.offset))
-            );
-        }
+        unpack(range, bytes, piece, &mut plain).map_err(|why| repository.corrupt(&key, why))?;
         let (path, mode) = &paths[piece.file];
         let file = match open_file.take().filter(|(number, _)| *number == piece.file) {
             Some((_, file)) => file,

@@ -9,6 +9,7 @@ pub mod pg_manifest;
 pub mod plan;
 mod recovery;
 mod target;
+mod verify;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -25,6 +26,7 @@ use crate::repository::{Repository, Writer};
 pub use plan::{Choice, Reachable};
 pub use recovery::RecoverySettings;
 pub use target::{Action, Target};
+pub use verify::{Depth, Finding, Report, verify};
 
 #[derive(Debug, Clone)]
 pub struct Options {

@@ -108,9 +108,50 @@ fn a_flipped_byte_in_any_object_is_found_and_named() {
             std::fs::write(&file, &bad).expect("written");
             noticed(&scratch, &bucket, &file, segment_of(&file, entry.as_ref()), &format!("a flip of byte {at}"));
         }
+        verified(&bucket, &file);
         std::fs::write(&file, &sound).expect("written");
     }
     bucket.must(&["restore", "-D", scratch.path().join("sound").to_str().expect("text")]);
+}
+
+/// `verify --full` names a damaged object, unless no restore could ever need it.
+fn verified(bucket: &Bucket, file: &Path) {
+    let key = file.strip_prefix(bucket.path()).expect("in the bucket").to_str().expect("text").to_owned();
+    let output = bucket.command(&["verify", "--full"]).output().expect("runs");
+    // The first backup began in segment 2.
+    let before_every_backup = ["000000000000000000000001.zst", "000000010000000000000001.zst"];
+    if before_every_backup.iter().any(|name| key.ends_with(name)) {
+        assert!(output.status.success(), "{key} is needed by no backup: {}", text(&output));
+        return;
+    }
+    assert_eq!(output.status.code(), Some(DAMAGED), "{key}: {}", text(&output));
+    assert!(text(&output).contains(&key), "{key} is not named: {}", text(&output));
+}
+
+#[test]
+fn verify_says_what_cannot_be_restored_and_what_helps() {
+    let scratch = Scratch::new();
+    let bucket = repository(&scratch);
+    for depth in [&["verify"][..], &["verify", "--full"]] {
+        let said = bucket.must(depth);
+        assert!(said.contains("everything that is listed can be restored"), "{said}");
+    }
+    let files = all_files(&bucket.path());
+    let aside = scratch.path().join("aside");
+    let pack = files.iter().find(|file| file.to_str().is_some_and(|path| path.contains("/packs/"))).expect("a pack");
+    std::fs::rename(pack, &aside).expect("moved");
+    let output = bucket.command(&["verify"]).output().expect("runs");
+    assert_eq!(output.status.code(), Some(DAMAGED), "{}", text(&output));
+    assert!(text(&output).contains("is missing") && text(&output).contains("cannot be restored"), "{}", text(&output));
+    std::fs::rename(&aside, pack).expect("moved back");
+
+    let hole = files.iter().find(|file| file.ends_with("000000010000000000000003.zst")).expect("a segment");
+    let entries: Vec<&PathBuf> = files.iter().filter(|file| log_entry(file).is_some()).collect();
+    std::fs::rename(hole, &aside).expect("moved");
+    let output = bucket.command(&["verify", "--json"]).output().expect("runs");
+    // The log has it too, as long as its entries are there.
+    assert!(output.status.success(), "{} entries: {}", entries.len(), text(&output));
+    std::fs::rename(&aside, hole).expect("moved back");
 }
 
 /// Where the frames of a pack begin and end.

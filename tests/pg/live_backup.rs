@@ -119,3 +119,51 @@ fn a_server_that_something_else_runs_is_protected_by_its_archive_command_alone()
     assert_eq!(copy.machine.sql("SELECT count(*) FROM t"), "101");
     assert_eq!(copy.machine.sql("SHOW work_mem"), "7MB");
 }
+
+/// Without Perennial around the servers a switchover shows in the timelines of what they archive.
+#[test]
+fn after_a_switchover_there_and_back_the_first_primary_archives_and_is_backed_up_again() {
+    let scratch = Scratch::new();
+    let bucket = Bucket::directory(&scratch);
+    bucket.must(&["init"]);
+    let command = format!("archive_command={} wal push --repo {} \"%p\"", perennial().display(), bucket.url);
+    let archiving = ["-c", "archive_mode=on", "-c", command.as_str()];
+    let mut first = Machine::new(&scratch, "a", &bucket);
+    first.initdb();
+    first.serve(&archiving);
+    first.sql("CREATE TABLE t (id int); INSERT INTO t VALUES (1)");
+    first.archived_by_command();
+    let mut second = Machine::new(&scratch, "b", &bucket);
+    let mut copy = first.client("pg_basebackup");
+    let copied = copy.args(["-R", "-X", "stream", "-c", "fast", "-D"]).arg(second.data_dir()).status();
+    assert!(copied.expect("pg_basebackup runs").success());
+    second.serve(&archiving);
+    let stop = nix::sys::signal::Signal::SIGINT;
+    let promoted = |machine: &Machine, id: u32| {
+        machine.sql("SELECT pg_promote()");
+        machine.sql(&format!("INSERT INTO t VALUES ({id})"));
+        machine.archived_by_command();
+    };
+    // There: the first ends cleanly, which waits for its standby.
+    first.server_ends(stop);
+    promoted(&second, 2);
+    // And back.
+    let follow = format!("\nprimary_conninfo = 'host={} user={}'\n", second.home.display(), server_user_name());
+    let auto = first.data_dir().join("postgresql.auto.conf");
+    let settings = std::fs::read_to_string(&auto).expect("read") + &follow;
+    std::fs::write(&auto, settings).expect("written");
+    std::fs::write(first.data_dir().join("standby.signal"), "").expect("written");
+    give(&first.data_dir().join("standby.signal"));
+    first.serve(&archiving);
+    wait_until("the first follows", || first.sql("SELECT count(*) FROM t") == "2");
+    second.server_ends(stop);
+    promoted(&first, 3);
+    let data_dir = first.data_dir();
+    let backup = bucket.command(&["backup", "-D", data_dir.to_str().expect("text")]).output().expect("runs");
+    assert!(backup.status.success(), "{}", text(&backup));
+    assert_eq!(bucket.json(&["list"])["generations"].as_array().map(Vec::len), Some(3));
+    let data = scratch.dir("c").join("data");
+    bucket.must(&["restore", "-D", data.to_str().expect("text")]);
+    let copy = Plain::start(&scratch, "c", &bucket, &Postgres::debian()).up(false);
+    assert_eq!(copy.machine.sql("SELECT string_agg(id::text, ',' ORDER BY id) FROM t"), "1,2,3");
+}

@@ -23,7 +23,8 @@ pub fn run(setup: &Setup, args: args::Backup) -> Result<i32> {
     wide(async {
         let store = setup.store(&setup.location(None)?, Policy::default())?;
         let writer =
-            ensure_writer(store.clone(), &data_dir, &environment::host_name(), &setup.clock, &setup.events).await?;
+            ensure_writer(store.clone(), &data_dir, None, &environment::host_name(), &setup.clock, &setup.events)
+                .await?;
         let options = backup::Options {
             data_dir,
             connect: environment::connection(),

@@ -8,7 +8,7 @@ use crate::error::Result;
 use crate::model::{Generation, Timestamp, human_bytes};
 use crate::repository::manifest::{BackupHead, Backups};
 use crate::repository::reach::Window;
-use crate::repository::{Claim, Repository};
+use crate::repository::{Claim, Repository, tips};
 use crate::restore::Reachable;
 
 /// A window and what its last segment tells of time.
@@ -37,12 +37,6 @@ pub async fn run(setup: &Setup) -> Result<i32> {
     tell_backups(&backups);
     tell_generations(&claims);
     Ok(0)
-}
-
-/// The generations no other has as its parent, newest first: each ends a history of its own.
-fn tips(claims: &[Claim]) -> Vec<Generation> {
-    let is_parent = |generation: Generation| claims.iter().any(|claim| claim.parent == Some(generation));
-    claims.iter().rev().map(|claim| claim.generation).filter(|generation| !is_parent(*generation)).collect()
 }
 
 async fn stretches_of(repository: &Repository, tip: Generation) -> Result<Vec<Stretch>> {
@@ -171,29 +165,4 @@ pub fn backup_json(head: &BackupHead) -> Value {
         "damaged_pages": head.damaged_pages,
         "damaged": head.damaged,
     })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::model::{SystemId, WriteId};
-    use crate::wal::SegmentSize;
-
-    #[test]
-    fn each_history_is_shown_once_by_its_newest_generation() {
-        let claim = |generation: u32, parent: Option<u32>| Claim {
-            kind: String::new(),
-            format: 1,
-            writer_id: WriteId([0; 16]),
-            generation: Generation(generation),
-            parent: parent.map(Generation),
-            system_id: SystemId(1),
-            pg_major: 15,
-            segment_size: SegmentSize::try_from(16 << 20).expect("16 MB"),
-            claimed_at: Timestamp::from_unix_micros(0),
-            host: String::new(),
-        };
-        let claims = [claim(1, None), claim(2, Some(1)), claim(3, Some(2)), claim(4, Some(1))];
-        assert_eq!(tips(&claims), [Generation(4), Generation(3)]);
-    }
 }

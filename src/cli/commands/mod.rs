@@ -8,6 +8,7 @@ mod list;
 mod restore;
 mod run;
 mod status;
+mod verify;
 mod wal;
 
 use std::future::Future;
@@ -32,6 +33,7 @@ pub fn dispatch(args: Args) -> Result<i32> {
         Command::Wal(Wal::Fetch(args)) => narrow(wal::fetch(&setup, args)),
         Command::Wal(Wal::Helper(args)) => narrow(wal::helper(&setup, args)),
         Command::List => wide(list::run(&setup)),
+        Command::Verify(args) => wide(verify::run(&setup, args)),
         Command::Status(args) => wide(status::run(&setup, args)),
         Command::Demo(args) => demo::run(&setup, args),
         Command::Completions { shell } => {

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use crate::archive::push::Pusher;
+use crate::archive::push::{Pusher, name_of};
 use crate::archive::{FetchOptions, Fetched, Source, claim, ensure_writer, helper};
 use crate::cli::args::{self, HistoryArgs};
 use crate::cli::setup::Setup;
@@ -23,8 +23,13 @@ pub async fn push(setup: &Setup, args: args::WalPush) -> Result<i32> {
     end_with_parent()?;
     let data_dir = data_dir_of(&args.path)?;
     let store = setup.store(&setup.location(None)?, Policy::default())?;
-    let writer =
-        ensure_writer(store.clone(), &data_dir, &environment::host_name(), &setup.clock, &setup.events).await?;
+    let timeline = match name_of(&args.path)? {
+        WalFileName::Segment(name) => Some(name.timeline),
+        WalFileName::History(timeline) => Some(timeline),
+        _ => None,
+    };
+    let host = environment::host_name();
+    let writer = ensure_writer(store.clone(), &data_dir, timeline, &host, &setup.clock, &setup.events).await?;
     let repository = writer.repository(store, &setup.clock);
     let pusher = Pusher { repository, writer, data_dir, events: setup.events.clone() };
     pusher.push(&args.path).await.map(|()| 0)

@@ -1,0 +1,270 @@
+//! What a restore would find, looked for ahead of time. Whatever no backup needs is of no interest here.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use futures::{StreamExt, TryStreamExt};
+use serde::Serialize;
+
+use super::fetch::{Contents, REQUESTS, Range, check_range, ranges};
+use super::plan::Reachable;
+use crate::error::{Error, Kind, Result};
+use crate::events::{Event, Events, Level};
+use crate::model::{Lsn, PackId};
+use crate::repository::manifest::{BackupHead, Backups};
+use crate::repository::{Repository, WalPlace, WalSource, layout, tips};
+use crate::wal::{SegmentName, WalFileName, scan_part, scan_segment};
+
+/// Segments looked at once: heads, or whole ones of which each takes its size in memory.
+const HEADS: usize = 16;
+const SEGMENTS: usize = 3;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Depth {
+    /// Everything that a restore needs is there and has the right size; manifests are read.
+    Quick,
+    /// All of it is read: every frame's hash, every record of WAL.
+    Full,
+}
+
+/// Something a restore would trip over.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Finding {
+    /// What is wrong, with what.
+    pub problem: String,
+    /// What cannot be restored because of it.
+    pub consequence: String,
+    /// What helps.
+    pub cure: String,
+    /// Something is not what was written, or has gone; otherwise WAL has a gap, as one that was given up leaves.
+    pub damaged: bool,
+}
+
+/// What was looked at, and what was found.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+pub struct Report {
+    pub backups: usize,
+    pub packs: usize,
+    pub segments: usize,
+    /// Bytes read to check their content.
+    pub bytes: u64,
+    pub findings: Vec<Finding>,
+}
+
+/// Looks at everything any restore could need.
+pub async fn verify(repository: &Repository, depth: Depth, events: &Events) -> Result<Report> {
+    let mut report = Report::default();
+    let Backups { sound, damaged } = repository.backups().await?;
+    report.backups = sound.len() + damaged.len();
+    for error in damaged {
+        report.find(&error, "nothing can be restored from this backup".to_owned());
+    }
+    let packs = pack_sizes(repository).await?;
+    for backup in &sound {
+        let before = report.findings.len();
+        look_at_backup(repository, backup, &packs, depth, &mut report).await?;
+        tell(events, format!("backup {}: {} findings", backup.backup_id, report.findings.len() - before));
+    }
+    let claims = repository.claims(repository.generations().await?).await?;
+    let mut seen = BTreeSet::new();
+    for tip in tips(&claims) {
+        let reachable = match Reachable::find(repository, Some(tip), None).await {
+            Ok(Some(reachable)) => reachable,
+            Ok(None) => continue,
+            Err(error) => {
+                report.find_or(error, format!("nothing of generation {tip} and its history can be restored"))?;
+                continue;
+            }
+        };
+        look_at_wal(repository, &reachable, depth, &mut seen, &mut report).await?;
+        tell(events, format!("history of generation {tip}: {} segments looked at", seen.len()));
+    }
+    report.segments = seen.len();
+    report.packs = packs.len();
+    Ok(report)
+}
+
+fn tell(events: &Events, text: String) {
+    events.emit(Event::Note { level: Level::Detail, text });
+}
+
+impl Report {
+    fn find(&mut self, error: &Error, consequence: String) {
+        let cure = error.hint_text().unwrap_or("a new base backup (perennial backup -D DIR) starts a sound history");
+        let damaged = error.kind() == Kind::Damaged;
+        let finding = Finding { problem: error.to_string(), consequence, cure: cure.to_owned(), damaged };
+        if !self.findings.contains(&finding) {
+            self.findings.push(finding);
+        }
+    }
+
+    /// Damage is a finding; that something could not be looked at is an error.
+    fn find_or(&mut self, error: Error, consequence: String) -> Result<()> {
+        match error.kind() {
+            Kind::Damaged | Kind::NotFound => {
+                self.find(&error, consequence);
+                Ok(())
+            }
+            _ => Err(error),
+        }
+    }
+}
+
+async fn pack_sizes(repository: &Repository) -> Result<BTreeMap<String, u64>> {
+    let listing = repository.store().list(layout::PACKS, None);
+    listing.map_ok(|entry| (entry.key, entry.size)).try_collect().await
+}
+
+async fn look_at_backup(
+    repository: &Repository,
+    backup: &BackupHead,
+    packs: &BTreeMap<String, u64>,
+    depth: Depth,
+    report: &mut Report,
+) -> Result<()> {
+    let consequence =
+        || format!("backup {} (taken {}) cannot be restored", backup.backup_id, backup.stopped_at.short());
+    let contents = match Contents::read(repository, backup.backup_id).await {
+        Ok(contents) => contents,
+        Err(error) => return report.find_or(error, consequence()),
+    };
+    let ranges = ranges(&contents);
+    let mut needed: BTreeMap<PackId, u64> = BTreeMap::new();
+    for range in &ranges {
+        let end = needed.entry(range.pack).or_default();
+        *end = range.end.max(*end);
+    }
+    let mut broken = BTreeSet::new();
+    for (pack, end) in needed {
+        let key = layout::pack(pack);
+        let error = match packs.get(&key) {
+            Some(size) if *size >= end => continue,
+            Some(size) => repository.corrupt(&key, format!("it is {size} bytes long, {end} are needed")),
+            None => repository.missing(&key),
+        };
+        broken.insert(pack);
+        report.find(&error, consequence());
+    }
+    if depth == Depth::Full {
+        let checks = ranges.into_iter().filter(|range| !broken.contains(&range.pack));
+        let checks: Vec<_> = checks.map(|range| check(repository.clone(), range)).collect();
+        let mut checks = futures::stream::iter(checks).buffer_unordered(REQUESTS);
+        while let Some((bytes, checked)) = checks.next().await {
+            report.bytes += bytes;
+            if let Err(error) = checked {
+                report.find_or(error, consequence())?;
+            }
+        }
+    }
+    Ok(())
+}
+
+async fn check(repository: Repository, range: Range) -> (u64, Result<()>) {
+    (range.end - range.start, check_range(repository, range).await)
+}
+
+async fn look_at_wal(
+    repository: &Repository,
+    reachable: &Reachable,
+    depth: Depth,
+    seen: &mut BTreeSet<(SegmentName, WalPlaceKey)>,
+    report: &mut Report,
+) -> Result<()> {
+    let view = reachable.view()?;
+    let size = view.segment_size();
+    for window in reachable.windows()? {
+        if let Some(missing) = window.missing {
+            report.findings.push(Finding {
+                problem: format!("{missing} is missing, and WAL goes on after it"),
+                consequence: format!(
+                    "no point behind {} can be reached from backup {} or an earlier one (generation {})",
+                    window.through, window.newest_backup, window.generation
+                ),
+                cure: "bring the object back from a copy or an older version of the bucket; a base backup after the gap reaches what follows it".to_owned(),
+                damaged: false,
+            });
+        }
+    }
+    // From where the oldest backup needs it, to the end.
+    let usable = view.usable(&reachable.backups);
+    let Some(from) = usable.iter().map(|(backup, _)| size.number_at(backup.start_lsn)).min() else { return Ok(()) };
+    let mut wanted: Vec<(SegmentName, WalPlace)> = Vec::new();
+    for (timeline, ..) in view.history.spans() {
+        for (number, _) in reachable.index.segments(timeline) {
+            let place = view.locate(timeline, number).filter(|_| number >= from);
+            let Some(place) = place else { continue };
+            let name = SegmentName::new(timeline, number, size);
+            if seen.insert((name, WalPlaceKey::of(place))) {
+                wanted.push((name, place));
+            }
+        }
+    }
+    let at_once = match depth {
+        Depth::Quick => HEADS,
+        Depth::Full => SEGMENTS,
+    };
+    let looks: Vec<_> =
+        wanted.into_iter().map(|(name, place)| look_at_segment(repository, reachable, name, place, depth)).collect();
+    let mut looks = futures::stream::iter(looks).buffer_unordered(at_once);
+    while let Some((name, looked)) = looks.next().await {
+        match looked {
+            Ok(bytes) => report.bytes += bytes,
+            Err(error) => {
+                let start = name.start(size).unwrap_or(Lsn(0));
+                report.find_or(error, format!("no point behind {start} can be reached from an earlier backup"))?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Where a segment is, as far as it tells two copies apart.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+struct WalPlaceKey(u32, Option<u64>);
+
+impl WalPlaceKey {
+    fn of(place: WalPlace) -> WalPlaceKey {
+        let through = match place.source {
+            WalSource::Object { .. } => None,
+            WalSource::Log { through } => Some(through.0),
+        };
+        WalPlaceKey(place.generation.0, through)
+    }
+}
+
+/// One segment; the bytes that were read of it.
+async fn look_at_segment(
+    repository: &Repository,
+    reachable: &Reachable,
+    name: SegmentName,
+    place: WalPlace,
+    depth: Depth,
+) -> (SegmentName, Result<u64>) {
+    let looked = async {
+        match (depth, place.source) {
+            (Depth::Quick, WalSource::Object { .. }) => {
+                repository.wal_is_whole(place.generation, WalFileName::Segment(name)).await.map(|()| 0)
+            }
+            // The log was looked at when it was listed; its entries are small.
+            (Depth::Quick, WalSource::Log { .. }) => Ok(0),
+            (Depth::Full, source) => {
+                let size = reachable.lineage.tip().segment_size;
+                let content = match repository.segment_content(&reachable.index, place, name, size).await {
+                    // The entries were collected while we looked: the segment is whole by now.
+                    Err(error) if error.is_retryable() => {
+                        let whole = repository.wal_is_whole(place.generation, WalFileName::Segment(name)).await;
+                        return whole.map(|()| 0);
+                    }
+                    content => content?,
+                };
+                let bytes = content.len() as u64;
+                let scanned = tokio::task::spawn_blocking(move || match source {
+                    WalSource::Object { .. } => scan_segment(name, &content).map(drop),
+                    WalSource::Log { .. } => scan_part(name, &content).map(drop),
+                });
+                scanned.await.map_err(|e| Error::internal("a checking thread ended").source(e))??;
+                Ok(bytes)
+            }
+        }
+    };
+    (name, looked.await)
+}
