@@ -463,9 +463,9 @@ impl Machine {
     /// The same for a server that stores its segments by `archive_command`.
     pub fn archived_by_command(&self) {
         let written = self.sql("SELECT pg_walfile_name(pg_switch_wal())");
-        wait_until(&format!("{written} is archived"), || {
-            self.sql("SELECT coalesce(max(last_archived_wal), '') FROM pg_stat_archiver") >= written
-        });
+        // Not the last one archived: after a promotion older segments may follow later.
+        let waits = format!("SELECT count(*) FROM pg_ls_archive_statusdir() WHERE name = '{written}.ready'");
+        wait_until(&format!("{written} is archived"), || self.sql(&waits) == "0");
     }
 }
 
@@ -473,7 +473,7 @@ impl Drop for Machine {
     fn drop(&mut self) {
         self.kill();
         if std::thread::panicking() {
-            let log = self.log();
+            let log = self.log() + &std::fs::read_to_string(self.home.join("server.log")).unwrap_or_default();
             let lines: Vec<&str> = log.lines().collect();
             eprintln!(
                 "--- the end of machine {}'s log\n{}",
