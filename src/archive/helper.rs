@@ -168,10 +168,10 @@ struct Helper {
     tail: Mutex<Option<Wanted>>,
 }
 
-/// Segments fetched ahead or being fetched, by name. Each task yields the path once the file is whole.
+/// Segments fetched ahead or being fetched, by name. Each task yields the path once the file is whole, and what it holds.
 #[derive(Default)]
 struct Ahead {
-    tasks: HashMap<SegmentName, JoinHandle<Result<PathBuf>>>,
+    tasks: HashMap<SegmentName, JoinHandle<Result<(PathBuf, Wanted)>>>,
     permits: Option<Arc<tokio::sync::Semaphore>>,
 }
 
@@ -212,20 +212,26 @@ impl Helper {
         };
         let fetched_ahead = self.ahead.lock().await.tasks.remove(&segment);
         if let Some(task) = fetched_ahead
-            && let Ok(Ok(path)) = task.await
+            && let Ok(Ok((path, wanted))) = task.await
         {
             self.fetch_ahead(segment).await?;
+            self.keep(wanted, &path).await;
             place(&path, &question.destination)?;
-            self.keep(segment, &question.destination).await?;
             return Ok(Fetched::Done);
         }
         if self.again(segment, &question.destination).await? {
             return Ok(Fetched::Done);
         }
         // Not fetched ahead, or that failed: the question decides, with an error of its own.
-        let fetched = source.lock().await.fetch(name, &question.destination).await?;
+        let mut source = source.lock().await;
+        let fetched = source.fetch(name, &question.destination).await?;
+        // By the listing it was fetched by: nobody can look again meanwhile.
+        let wanted = source.locate(name)?;
+        drop(source);
         if fetched == Fetched::Done {
-            self.keep(segment, &question.destination).await?;
+            if let Some(wanted) = wanted {
+                self.keep(wanted, &question.destination).await;
+            }
             self.fetch_ahead(segment).await?;
         }
         Ok(fetched)
@@ -238,20 +244,18 @@ impl Helper {
         if tail.is_none() || *tail != wanted {
             return Ok(false);
         }
-        std::fs::copy(tail_path(), destination).on("copy to", destination)?;
-        Ok(true)
+        let copy = tail_path().with_extension("copy");
+        std::fs::copy(tail_path(), &copy).on("copy to", &copy)?;
+        place(&copy, destination).map(|()| true)
     }
 
-    /// Keeps a copy of a segment that came from a log. Not a link: PostgreSQL writes into what it was given.
-    async fn keep(&self, segment: SegmentName, destination: &Path) -> Result<()> {
-        let wanted = self.source().await?.lock().await.locate(WalFileName::Segment(segment))?;
-        if matches!(wanted, Some(Wanted::Log { .. })) {
+    /// Keeps a copy of a segment that came from a log. Not a link: PostgreSQL writes into what it was given. Without one
+    /// the next question is answered by the repository.
+    async fn keep(&self, wanted: Wanted, path: &Path) {
+        if matches!(wanted, Wanted::Log { .. }) {
             let mut tail = self.tail.lock().await;
-            *tail = None;
-            std::fs::copy(destination, tail_path()).on("copy to", tail_path())?;
-            *tail = wanted;
+            *tail = std::fs::copy(path, tail_path()).is_ok().then_some(wanted);
         }
-        Ok(())
     }
 
     /// Starts downloads of what recovery will ask for next, and drops what lies behind it.
@@ -286,11 +290,11 @@ async fn fetch_to_cache(
     wanted: Wanted,
     name: SegmentName,
     permits: Arc<tokio::sync::Semaphore>,
-) -> Result<PathBuf> {
+) -> Result<(PathBuf, Wanted)> {
     let _permit = permits.acquire().await.map_err(|e| Error::internal("downloads ended").source(e))?;
     let path = cache_dir().join(name.to_string());
     download(&repository, wanted, WalFileName::Segment(name), &path).await?;
-    Ok(path)
+    Ok((path, wanted))
 }
 
 /// Moves a fetched file to where PostgreSQL wants it; across filesystems by a copy beside it.

@@ -64,6 +64,7 @@ pub async fn verify(repository: &Repository, depth: Depth, events: &Events) -> R
         look_at_backup(repository, backup, &packs, depth, &mut report).await?;
         tell(events, format!("backup {}: {} findings", backup.backup_id, report.findings.len() - before));
     }
+    look_at_consistency(repository, &sound, &mut report).await?;
     let claims = repository.claims(repository.generations().await?).await?;
     let mut seen = BTreeSet::new();
     for tip in tips(&claims) {
@@ -152,6 +153,36 @@ async fn look_at_backup(
             report.bytes += bytes;
             if let Err(error) = checked {
                 report.find_or(error, consequence())?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Whether each backup still has the WAL without which it is none. It waited for that under its own generation.
+async fn look_at_consistency(repository: &Repository, backups: &[BackupHead], report: &mut Report) -> Result<()> {
+    let histories: BTreeSet<_> = backups.iter().map(|backup| (backup.generation, backup.timeline)).collect();
+    for (generation, timeline) in histories {
+        let consequence = |backup: &BackupHead| format!("backup {} cannot be restored", backup.backup_id);
+        let of = backups.iter().filter(|backup| (backup.generation, backup.timeline) == (generation, timeline));
+        match Reachable::find(repository, Some(generation), Some(timeline)).await {
+            Ok(Some(reachable)) => {
+                let view = reachable.view()?;
+                for backup in of.filter(|backup| view.coverage_of(backup).is_none()) {
+                    let there = view.coverage(backup.start_lsn);
+                    let gone = format!(
+                        "WAL from {} to {} is not all there: {} is missing",
+                        backup.start_lsn, backup.stop_lsn, there.next
+                    );
+                    report.find(&Error::damaged(gone), consequence(backup));
+                }
+            }
+            Ok(None) => {
+                of.for_each(|backup| report.find(&Error::damaged("there is no WAL at all"), consequence(backup)))
+            }
+            Err(error) => {
+                let ids: Vec<String> = of.map(|backup| backup.backup_id.to_string()).collect();
+                report.find_or(error, format!("backups {} cannot be restored", ids.join(", ")))?;
             }
         }
     }
@@ -250,7 +281,7 @@ async fn look_at_segment(
                 let size = reachable.lineage.tip().segment_size;
                 let content = match repository.segment_content(&reachable.index, place, name, size).await {
                     // The entries were collected while we looked: the segment is whole by now.
-                    Err(error) if error.is_retryable() => {
+                    Err(error) if error.kind() == Kind::Damaged && error.is_retryable() => {
                         let whole = repository.wal_is_whole(place.generation, WalFileName::Segment(name)).await;
                         return whole.map(|()| 0);
                     }

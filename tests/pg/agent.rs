@@ -1,17 +1,11 @@
 //! A server that something else runs, with `perennial agent` beside it.
 
-use std::collections::BTreeSet;
-
 use nix::sys::signal::Signal;
 
-use crate::support::clients::Clients;
+use crate::support::clients::{Clients, ledger};
 use crate::support::*;
 
 const FENCED: i32 = 75;
-
-fn ledger(machine: &Machine) -> BTreeSet<u64> {
-    machine.sql("SELECT id FROM ledger").lines().map(|line| line.parse().expect("a number")).collect()
-}
 
 /// A cluster with a server of its own, and a repository for it.
 fn served(scratch: &Scratch, bucket: &Bucket) -> Machine {

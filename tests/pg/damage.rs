@@ -145,6 +145,23 @@ fn verify_says_what_cannot_be_restored_and_what_helps() {
     assert!(text(&output).contains("is missing") && text(&output).contains("cannot be restored"), "{}", text(&output));
     std::fs::rename(&aside, pack).expect("moved back");
 
+    // The WAL of the backup itself, in the segment and in the log.
+    let needed: Vec<&PathBuf> = files
+        .iter()
+        .filter(|file| {
+            file.to_str().is_some_and(|path| path.contains("/log/")) || file.ends_with("000000010000000000000002.zst")
+        })
+        .collect();
+    let kept: Vec<Vec<u8>> = needed.iter().map(|file| std::fs::read(file).expect("read")).collect();
+    needed.iter().for_each(|file| std::fs::remove_file(file).expect("removed"));
+    let output = bucket.command(&["verify"]).output().expect("runs");
+    assert_eq!(output.status.code(), Some(DAMAGED), "{}", text(&output));
+    assert!(text(&output).contains("000000010000000000000002 is missing"), "{}", text(&output));
+    for (file, bytes) in needed.iter().zip(kept) {
+        std::fs::write(file, bytes).expect("written");
+        give(file);
+    }
+
     let hole = files.iter().find(|file| file.ends_with("000000010000000000000003.zst")).expect("a segment");
     let entries: Vec<&PathBuf> = files.iter().filter(|file| log_entry(file).is_some()).collect();
     std::fs::rename(hole, &aside).expect("moved");

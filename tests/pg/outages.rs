@@ -1,9 +1,8 @@
 //! The bucket away for a while, under load: what waits, what goes on, and that nothing is lost.
 
-use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
-use crate::support::clients::Clients;
+use crate::support::clients::{Clients, ledger};
 use crate::support::relay::{Line, Relay};
 use crate::support::*;
 
@@ -19,10 +18,6 @@ fn peak_memory(machine: &Machine) -> u64 {
     let status = std::fs::read_to_string(format!("/proc/{}/status", machine.pid())).expect("it runs");
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).expect("a peak");
     line.trim().trim_end_matches(" kB").parse::<u64>().expect("a number") << 10
-}
-
-fn ledger(machine: &Machine) -> BTreeSet<u64> {
-    machine.sql("SELECT id FROM ledger").lines().map(|line| line.parse().expect("a number")).collect()
 }
 
 fn commits_wait_and_nothing_is_lost(trouble: Line) {

@@ -1,18 +1,13 @@
 //! What an acknowledged commit is worth: the live log, its fence, and nothing lost.
 
-use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 
-use crate::support::clients::Clients;
+use crate::support::clients::{Clients, ledger};
 use crate::support::*;
 
 const FENCED: i32 = 75;
-
-fn ledger(machine: &Machine) -> BTreeSet<u64> {
-    machine.sql("SELECT id FROM ledger").lines().map(|line| line.parse().expect("a number")).collect()
-}
 
 /// kill -9 of everything under load, disk gone, another machine from the address alone; what of the acknowledged is missing.
 fn missing_after_a_death(rpo: &str, bucket: Bucket) -> (usize, Vec<Duration>) {

@@ -1,5 +1,6 @@
 //! Clients whose memory of what they were told can be compared with what the database has.
 
+use std::collections::BTreeSet;
 use std::io::{BufRead, BufReader, Write};
 use std::process::{Child, Stdio};
 use std::sync::{Arc, Mutex};
@@ -68,4 +69,9 @@ impl Clients {
         self.readers.drain(..).for_each(|reader| drop(reader.join()));
         std::mem::take(&mut self.told.lock().expect("not poisoned"))
     }
+}
+
+/// What the database has of the ledger.
+pub fn ledger(machine: &Machine) -> BTreeSet<u64> {
+    machine.sql("SELECT id FROM ledger").lines().map(|line| line.parse().expect("a number")).collect()
 }

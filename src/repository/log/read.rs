@@ -66,12 +66,10 @@ pub struct LogRun {
     pub at: Timestamp,
 }
 
-impl LogRun {
-    /// How many entries are read at once.
-    fn parallel(&self) -> usize {
-        let average = self.end.bytes_since(self.start) / (self.next - self.first).max(1);
-        (PARALLEL_BYTES / average.max(1)).clamp(*PARALLEL_ENTRIES.start(), *PARALLEL_ENTRIES.end()) as usize
-    }
+/// How many of `entries` that hold `bytes` are read at once.
+fn parallel(bytes: u64, entries: u64) -> usize {
+    let average = (bytes / entries.max(1)).max(1);
+    (PARALLEL_BYTES / average).clamp(*PARALLEL_ENTRIES.start(), *PARALLEL_ENTRIES.end()) as usize
 }
 
 impl Repository {
@@ -193,9 +191,11 @@ impl Repository {
             return Err(Error::internal(format!("{from} to {to} is not in the log's {} to {}", run.start, run.end)));
         }
         let first = self.entry_that_passes(run, from).await?;
-        let mut entries = futures::stream::iter(first..run.next)
+        // Nothing behind `to` is read: what is held at once is never more than what was asked for, and an entry.
+        let behind = if to == run.end { run.next } else { (self.entry_that_passes(run, to).await? + 1).min(run.next) };
+        let mut entries = futures::stream::iter(first..behind)
             .map(|number| self.entry(run.generation, number))
-            .buffered(run.parallel());
+            .buffered(parallel(to.bytes_since(from), behind - first));
         let (mut at, mut before) = (from, None);
         while at < to {
             let Some(entry) = entries.try_next().await? else { break };

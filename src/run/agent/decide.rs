@@ -29,8 +29,6 @@ pub struct Facts {
     pub system_id: SystemId,
     /// The running server's timeline and where it came from.
     pub history: History,
-    /// The generation this data directory wrote under last.
-    pub ours: Option<Generation>,
     pub newest: Option<Newest>,
     /// `--adopt`.
     pub adopt: bool,
@@ -102,10 +100,7 @@ pub fn decide(facts: &Facts) -> Decision {
     let newest = claim.clone();
     let decision = match wrote {
         None => Decision::Begin { newest: Some(newest) },
-        Some((writer, end)) => {
-            let same_disk = *mine || (facts.ours == Some(*writer) && *writer == claim.generation);
-            after(facts, newest, same_disk, *end)
-        }
+        Some((_, end)) => after(facts, newest, *mine, *end),
     };
     let waits = *holder == Holder::MayLive && !mine;
     match decision {
@@ -184,7 +179,6 @@ mod tests {
         Facts {
             system_id: SystemId(7),
             history: History { timeline: Timeline(timeline), switches },
-            ours: ours.map(Generation),
             newest: Some(Newest { claim: claim(4), mine, holder, wrote: wrote.map(end) }),
             adopt: false,
             nothing_lost: false,

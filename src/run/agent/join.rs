@@ -190,8 +190,7 @@ async fn gather(
         None => None,
     };
     let (system_id, history) = (identity.system_id, history_of(options, identity.timeline)?);
-    let ours = noted.map(|writer| writer.claim.generation);
-    Ok(Facts { system_id, history, ours, newest, adopt: options.adopt, nothing_lost: options.rpo.is_zero() })
+    Ok(Facts { system_id, history, newest, adopt: options.adopt, nothing_lost: options.rpo.is_zero() })
 }
 
 /// The newest generation that wrote anything, and where its WAL ends. A claim alone says nothing of a history.

@@ -133,7 +133,8 @@ impl Life<'_> {
     async fn has_ended_with_us(&self) -> bool {
         let began = self.clock.monotonic();
         loop {
-            let file = PostmasterFile::of_starting(&self.options.data_dir).ok().flatten();
+            // A file that cannot be read proves nothing.
+            let Ok(file) = PostmasterFile::of_starting(&self.options.data_dir) else { return false };
             let Some(file) = file.filter(|file| file.is_alive(&self.options.data_dir)) else { return true };
             let patience = if file.status == ServerStatus::Stopping { self.options.grace / 2 } else { STOPPING_SOON };
             if self.clock.monotonic() - began > patience {

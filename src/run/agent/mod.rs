@@ -54,9 +54,7 @@ pub async fn run(store: Arc<dyn Store>, agent: &Agent, clock: &Clock, events: &E
             joined = join::join(Arc::clone(&store), options, &mut watched, (clock, events)) => joined,
             never = let_go_in_time(options, &board, clock, events) => never,
             name = signals.stop() => {
-                events.emit(Event::Stopping { why: format!("{} received", name.to_lowercase()) });
-                let_go(options, clock, events).await;
-                return Ok(0);
+                return Ok(stop(name, options, clock, events).await);
             }
         };
         let ended = match joined {
@@ -83,12 +81,17 @@ pub async fn run(store: Arc<dyn Store>, agent: &Agent, clock: &Clock, events: &E
         tokio::select! {
             () = clock.sleep(wait) => (),
             name = signals.stop() => {
-                events.emit(Event::Stopping { why: format!("{} received", name.to_lowercase()) });
-                let_go(options, clock, events).await;
-                return Ok(0);
+                return Ok(stop(name, options, clock, events).await);
             }
         }
     }
+}
+
+/// Stops an agent that writes nothing now.
+async fn stop(name: &str, options: &Options, clock: &Clock, events: &Events) -> i32 {
+    events.emit(Event::Stopping { why: format!("{} received", name.to_lowercase()) });
+    let_go(options, clock, events).await;
+    0
 }
 
 /// Commits do not wait for an agent that is not there; somebody else's setting stays.
