@@ -51,6 +51,16 @@ pub enum Event {
         stored: u64,
         elapsed: Duration,
     },
+    /// A backup was deleted; its objects go after the grace period.
+    BackupDeleted {
+        id: BackupId,
+        grace: Duration,
+    },
+    Pruned {
+        backups: u64,
+        objects: u64,
+        bytes: u64,
+    },
     BackupFailed {
         error: String,
         next_try: Duration,
@@ -202,6 +212,12 @@ impl fmt::Display for Event {
                 human_bytes(*stored),
                 elapsed.as_secs_f64()
             ),
+            BackupDeleted { id, grace } => {
+                write!(f, "backup {id} deleted; what only it needs goes in {} h", grace.as_secs() / 3600)
+            }
+            Pruned { backups, objects, bytes } => {
+                write!(f, "pruned: {backups} backups deleted, {objects} objects gone ({})", human_bytes(*bytes))
+            }
             BackupFailed { error, next_try } => {
                 write!(f, "backup failed, next try in {} s: {error}", next_try.as_secs())
             }

@@ -24,6 +24,7 @@ pub mod repository;
 pub mod archive;
 pub mod backup;
 pub mod restore;
+pub mod retention;
 pub mod status;
 
 // L4: a machine's life

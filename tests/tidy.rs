@@ -56,8 +56,23 @@ fn allowed() -> BTreeMap<&'static str, Vec<&'static str>> {
         ("archive", below(&["disk", "wal", "storage", "repository", "postgres"])),
         ("backup", below(&["disk", "wal", "storage", "repository", "postgres"])),
         ("restore", below(&["disk", "wal", "storage", "repository", "postgres"])),
+        ("retention", below(&["disk", "wal", "storage", "repository"])),
         ("status", below(&["disk"])),
-        ("run", below(&["disk", "wal", "storage", "repository", "postgres", "archive", "backup", "restore", "status"])),
+        (
+            "run",
+            below(&[
+                "disk",
+                "wal",
+                "storage",
+                "repository",
+                "postgres",
+                "archive",
+                "backup",
+                "restore",
+                "retention",
+                "status",
+            ]),
+        ),
         (
             "cli",
             below(&[
@@ -69,6 +84,7 @@ fn allowed() -> BTreeMap<&'static str, Vec<&'static str>> {
                 "archive",
                 "backup",
                 "restore",
+                "retention",
                 "status",
                 "run",
             ]),

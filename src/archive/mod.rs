@@ -4,6 +4,7 @@ pub mod claim;
 mod compact;
 pub mod fetch;
 pub mod helper;
+mod pace;
 pub mod push;
 mod pushed;
 pub mod resume;

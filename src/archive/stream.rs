@@ -12,6 +12,7 @@ use bytes::{Bytes, BytesMut};
 use tokio::sync::watch;
 
 use super::compact::Compactor;
+use super::pace::Pace;
 use super::push::Pusher;
 use crate::clock::Clock;
 use crate::error::{Error, Kind, Result};
@@ -76,6 +77,13 @@ pub struct Progress {
     pub entries: u64,
 }
 
+/// An entry that is not durable yet: where it ends, when its first byte came, and when it was sent.
+struct OnItsWay {
+    end: Lsn,
+    since: Duration,
+    sent: Duration,
+}
+
 pub struct Stream {
     options: Options,
     log: Appender,
@@ -90,8 +98,8 @@ pub struct Stream {
     /// Received and not yet in an entry; when the first byte of it came.
     buffer: BytesMut,
     oldest: Option<Duration>,
-    /// Entries on their way: where each ends, and when its first byte came.
-    waiting: VecDeque<(Lsn, Duration)>,
+    waiting: VecDeque<OnItsWay>,
+    pace: Pace,
     /// Nothing is held back until this position.
     hurry_until: Lsn,
     last_append: Duration,
@@ -121,6 +129,7 @@ impl Stream {
             progress.server = progress.server.max(at);
         });
         Stream {
+            pace: Pace::new(options.rpo),
             options,
             system_id: claim.system_id,
             codec: pusher.repository.descriptor().codec,
@@ -325,8 +334,7 @@ impl Stream {
             // Alone, a commit goes at once; in company it waits a little for more, and saves requests.
             Duration::ZERO if self.log.in_flight() == 0 => oldest,
             Duration::ZERO => oldest + self.options.linger,
-            // The rest of the time is the request's.
-            rpo => oldest + rpo.mul_f64(0.75),
+            _ => oldest + self.pace.hold(),
         })
     }
 
@@ -349,7 +357,7 @@ impl Stream {
         let number = self.log.next_number();
         self.log.append_wal(&plain, stored.clone())?;
         let end = self.log.end();
-        self.waiting.push_back((end.lsn, since));
+        self.waiting.push_back(OnItsWay { end: end.lsn, since, sent: self.clock.monotonic() });
         self.compactor.add(Frame { stored, plain: plain.len() as u64 }, crc32c::crc32c(&plain), end, number);
         self.last_append = self.clock.monotonic();
         self.note(|progress| progress.entries += 1);
@@ -359,8 +367,10 @@ impl Stream {
     /// Whether the durable prefix has grown.
     fn landed(&mut self, durable: Durable) -> bool {
         let before = self.progress.borrow().durable;
-        while self.waiting.front().is_some_and(|(end, _)| *end <= durable.position.lsn) {
-            self.waiting.pop_front();
+        let now = self.clock.monotonic();
+        let landed = self.waiting.iter().take_while(|entry| entry.end <= durable.position.lsn).count();
+        for entry in self.waiting.drain(..landed) {
+            self.pace.landed(now.saturating_sub(entry.sent));
         }
         let since = self.waiting_since();
         self.note(|progress| {
@@ -372,7 +382,7 @@ impl Stream {
     }
 
     fn waiting_since(&self) -> Option<Duration> {
-        self.waiting.front().map(|(_, since)| *since).or(self.oldest)
+        self.waiting.front().map(|entry| entry.since).or(self.oldest)
     }
 
     fn note(&self, change: impl FnOnce(&mut Progress)) {

@@ -75,6 +75,7 @@ pub async fn run(repository: &Repository, options: &Options, events: &Events) ->
     let outside = outside_files(&client, &options.data_dir).await?;
     let walk = data_dir::walk(&options.data_dir, server.version, control.catalog_version)?;
     announce(events, id, start, &walk);
+    repository.backup_begins(id).await?;
     let task = copy::Task { repository, id, start, server: &server, control: &control, data_dir: &options.data_dir };
     let copied = copy::run(&task, &walk, &outside, events).await?;
     let stopped = client.stop_backup(server.version).await?;
@@ -231,6 +232,8 @@ async fn commit(
     let body = writer.finish(head)?;
     check_newest(repository, task.id.generation).await?;
     repository.put_manifest(task.id, &body).await?;
+    // Left behind it does no harm: the backup exists.
+    let _ = repository.backup_ended(task.id).await;
     repository.backup_head(task.id).await
 }
 

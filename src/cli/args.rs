@@ -57,6 +57,12 @@ pub enum Command {
     Status(Status),
     /// Check that everything a restore could need is there and sound
     Verify(Verify),
+    /// Delete old backups, and WAL nobody needs
+    Prune(Prune),
+    /// Keep a backup whatever the rules of `prune` say
+    Pin(Pin),
+    /// Let the rules of `prune` decide on a backup again
+    Unpin(Unpin),
     /// Watch a database survive its machine, in a temporary directory
     Demo(Demo),
     /// Print a shell's completions
@@ -131,6 +137,9 @@ pub struct Keep {
     /// How often to take a base backup
     #[arg(long, value_name = "DURATION", value_parser = parse_duration, env = "PERENNIAL_BACKUP_EVERY", hide_env_values = true)]
     pub backup_every: Option<Duration>,
+    /// What is kept of old backups; without any rule nothing is ever deleted
+    #[command(flatten)]
+    pub retention: Retention,
 }
 
 #[derive(Debug, ClapArgs)]
@@ -342,6 +351,60 @@ pub struct Verify {
     /// Read all of it: every frame's hash, every record of WAL [default: presence and sizes; manifests are read]
     #[arg(long)]
     pub full: bool,
+}
+
+/// What is kept; the rules add up. Backups that no rule names are deleted.
+#[derive(Debug, Clone, Default, ClapArgs)]
+pub struct Retention {
+    /// Keep the last N backups
+    #[arg(long, value_name = "N", env = "PERENNIAL_KEEP_LAST", hide_env_values = true)]
+    pub keep_last: Option<u32>,
+    /// Keep the backups of this time
+    #[arg(long, value_name = "DURATION", value_parser = parse_duration, env = "PERENNIAL_KEEP_WITHIN", hide_env_values = true)]
+    pub keep_within: Option<Duration>,
+    /// Keep the last backup of each of N days (UTC)
+    #[arg(long, value_name = "N", env = "PERENNIAL_KEEP_DAILY", hide_env_values = true)]
+    pub keep_daily: Option<u32>,
+    /// Keep the last backup of each of N weeks
+    #[arg(long, value_name = "N", env = "PERENNIAL_KEEP_WEEKLY", hide_env_values = true)]
+    pub keep_weekly: Option<u32>,
+    /// Keep the last backup of each of N months
+    #[arg(long, value_name = "N", env = "PERENNIAL_KEEP_MONTHLY", hide_env_values = true)]
+    pub keep_monthly: Option<u32>,
+    /// Keep the last backup of each of N years
+    #[arg(long, value_name = "N", env = "PERENNIAL_KEEP_YEARLY", hide_env_values = true)]
+    pub keep_yearly: Option<u32>,
+    /// Keep every point of this time reachable, and of older WAL only what kept backups need for themselves [default: all
+    /// WAL since the oldest backup that is kept]
+    #[arg(long, value_name = "DURATION", value_parser = parse_duration, env = "PERENNIAL_KEEP_POINTS", hide_env_values = true)]
+    pub keep_points: Option<Duration>,
+    /// How long what was deleted stays in the store, for whoever is reading it [default: 1d]
+    #[arg(long, value_name = "DURATION", value_parser = parse_duration, env = "PERENNIAL_PRUNE_GRACE", hide_env_values = true)]
+    pub prune_grace: Option<Duration>,
+}
+
+#[derive(Debug, ClapArgs)]
+pub struct Prune {
+    #[command(flatten)]
+    pub retention: Retention,
+    /// Show what would go, and change nothing
+    #[arg(long)]
+    pub dry_run: bool,
+}
+
+#[derive(Debug, ClapArgs)]
+pub struct Pin {
+    /// The backup, as `perennial list` names it
+    pub backup: BackupId,
+    /// Why, for people
+    #[arg(long, value_name = "TEXT")]
+    pub reason: String,
+}
+
+#[derive(Debug, ClapArgs)]
+pub struct Unpin {
+    /// The backup
+    pub backup: BackupId,
 }
 
 #[derive(Debug, ClapArgs)]

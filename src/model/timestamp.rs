@@ -12,6 +12,15 @@ const POSTGRES_EPOCH: i64 = 946_684_800_000_000;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Timestamp(i64);
 
+/// A stretch of the calendar.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Period {
+    Day,
+    Week,
+    Month,
+    Year,
+}
+
 impl Timestamp {
     pub fn from_unix_micros(micros: i64) -> Timestamp {
         Timestamp(micros)
@@ -28,6 +37,21 @@ impl Timestamp {
 
     pub fn seconds_since(self, earlier: Timestamp) -> f64 {
         (self.0 - earlier.0) as f64 / 1e6
+    }
+
+    pub fn earlier_by(self, duration: std::time::Duration) -> Timestamp {
+        Timestamp(self.0.saturating_sub(i64::try_from(duration.as_micros()).unwrap_or(i64::MAX)))
+    }
+
+    /// The day, ISO week, month or year it lies in (UTC), as people write them; they sort by time.
+    pub fn period(self, period: Period) -> String {
+        let form = match period {
+            Period::Day => "%Y-%m-%d",
+            Period::Week => "%G-W%V",
+            Period::Month => "%Y-%m",
+            Period::Year => "%Y",
+        };
+        self.as_jiff().strftime(form).to_string()
     }
 
     fn as_jiff(self) -> jiff::Timestamp {

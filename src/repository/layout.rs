@@ -1,6 +1,6 @@
 //! Every key of a repository, built and parsed here and nowhere else. Relative to the repository's prefix.
 
-use crate::model::{BackupId, Generation, PackId, Timeline};
+use crate::model::{BackupId, Generation, PackId, Timeline, Timestamp, WriteId};
 use crate::wal::{SegmentName, WalFileName};
 
 pub const DESCRIPTOR: &str = "perennial.json";
@@ -8,6 +8,7 @@ pub const PROBE: &str = "perennial.probe";
 pub const GENERATIONS: &str = "generations";
 pub const PACKS: &str = "packs";
 pub const BACKUPS: &str = "backups";
+pub const PRUNES: &str = "prunes";
 
 pub fn generation_dir(generation: Generation) -> String {
     format!("{GENERATIONS}/{}", generation.padded())
@@ -59,8 +60,28 @@ pub fn manifest(backup: BackupId) -> String {
     format!("{BACKUPS}/{backup}/manifest")
 }
 
+/// Says that a backup has begun; what it has uploaded must not be taken for rubbish.
+pub fn begun(backup: BackupId) -> String {
+    format!("{BACKUPS}/{backup}/begun")
+}
+
+/// Says that a backup was deleted: it does not exist any more, and its objects go later.
+pub fn tombstone(backup: BackupId) -> String {
+    format!("{BACKUPS}/{backup}/deleted")
+}
+
+/// Keeps a backup whatever the policy says.
+pub fn pin(backup: BackupId, pin: WriteId) -> String {
+    format!("{BACKUPS}/{backup}/pins/{pin}")
+}
+
 pub fn pack(pack: PackId) -> String {
     format!("{PACKS}/{pack}")
+}
+
+/// The record of one prune. Names sort by time.
+pub fn prune(at: Timestamp, id: WriteId) -> String {
+    format!("{PRUNES}/{:016x}-{id}", at.unix_micros().max(0))
 }
 
 /// The generation of a `generations/…` directory.
@@ -86,9 +107,31 @@ fn parse_numbered(key: &str, build: impl Fn(Generation, u64) -> String) -> Optio
     (build(generation, number) == key).then_some((generation, number))
 }
 
-/// The backup of a `backups/…` directory.
-pub fn parse_backup_dir(directory: &str) -> Option<BackupId> {
-    directory.strip_prefix(BACKUPS)?.strip_prefix('/')?.parse().ok()
+/// What an object under `backups/` is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum OfBackup {
+    Manifest,
+    Begun,
+    Tombstone,
+    Pin,
+}
+
+/// The backup of an object under `backups/`, and what the object is.
+pub fn parse_backup(key: &str) -> Option<(BackupId, OfBackup)> {
+    let (id, name) = key.strip_prefix(BACKUPS)?.strip_prefix('/')?.split_once('/')?;
+    let what = match name {
+        "manifest" => OfBackup::Manifest,
+        "begun" => OfBackup::Begun,
+        "deleted" => OfBackup::Tombstone,
+        pin if pin.strip_prefix("pins/").is_some_and(|id| id.parse::<WriteId>().is_ok()) => OfBackup::Pin,
+        _ => return None,
+    };
+    Some((id.parse().ok()?, what))
+}
+
+/// The pack of a key under `packs/`.
+pub fn parse_pack(key: &str) -> Option<PackId> {
+    key.strip_prefix(PACKS)?.strip_prefix('/')?.parse().ok()
 }
 
 /// The archived file of a key under [`wal_dir`].
@@ -127,8 +170,15 @@ mod tests {
         assert_eq!(parse_collected(&collected(generation, 42)), Some((generation, 42)));
         assert_eq!(parse_log_entry("generations/00000012/log/42"), None);
         let backup = BackupId { generation, start: Lsn(40), nonce: 7 };
-        let directory = manifest(backup);
-        assert_eq!(parse_backup_dir(directory.strip_suffix("/manifest").expect("a manifest")), Some(backup));
+        for (key, what) in [
+            (manifest(backup), OfBackup::Manifest),
+            (begun(backup), OfBackup::Begun),
+            (tombstone(backup), OfBackup::Tombstone),
+            (pin(backup, WriteId([7; 16])), OfBackup::Pin),
+        ] {
+            assert_eq!(parse_backup(&key), Some((backup, what)));
+        }
+        assert_eq!(parse_pack(&pack(PackId([3; 16]))), Some(PackId([3; 16])));
     }
 
     #[test]

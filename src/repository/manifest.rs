@@ -4,16 +4,20 @@
 //! regions, and an end line with the count. Line by line, so that neither writer nor reader holds more than it needs
 //! of a large one, and any language reads it.
 
+use std::collections::BTreeMap;
+use std::ops::ControlFlow;
+
 use bytes::Bytes;
 use futures::{StreamExt, TryStreamExt};
 use serde::{Deserialize, Serialize};
 
 use super::codec::{Codec, Sha256, decompress};
+use super::layout::OfBackup;
 use super::pack::FrameRef;
 use super::{Repository, envelope, layout};
 use crate::error::{Error, Kind, Result};
 use crate::model::{BackupId, Generation, Lsn, PackId, RepositoryId, SystemId, Timeline, Timestamp, WriteId};
-use crate::storage::{Body, Created};
+use crate::storage::{Body, Created, Entry};
 use crate::wal::SegmentSize;
 
 const FORMAT: &str = "perennial/backup/1";
@@ -218,6 +222,15 @@ impl ManifestWriter {
     }
 }
 
+/// The objects of one backup, as a listing shows them.
+#[derive(Debug, Clone, Default)]
+pub struct BackupObjects {
+    pub manifest: Option<Entry>,
+    pub begun: Option<Entry>,
+    pub tombstone: Option<Entry>,
+    pub pins: Vec<Entry>,
+}
+
 /// What a look at all backups found.
 #[derive(Debug, Default)]
 pub struct Backups {
@@ -235,12 +248,31 @@ impl Repository {
         }
     }
 
-    /// The ids of all backups, in order of position.
+    /// The ids of all backups that exist, in order of position: neither unfinished nor deleted.
     pub async fn backup_ids(&self) -> Result<Vec<BackupId>> {
-        let level = self.store.list_level(layout::BACKUPS).await?;
-        let mut ids: Vec<_> = level.directories.iter().filter_map(|dir| layout::parse_backup_dir(dir)).collect();
-        ids.sort();
-        Ok(ids)
+        let all = self.backup_objects().await?;
+        Ok(all
+            .into_iter()
+            .filter(|(_, of)| of.manifest.is_some() && of.tombstone.is_none())
+            .map(|(id, _)| id)
+            .collect())
+    }
+
+    /// What is listed of backups, in order of position.
+    pub async fn backup_objects(&self) -> Result<BTreeMap<BackupId, BackupObjects>> {
+        let mut all: BTreeMap<BackupId, BackupObjects> = BTreeMap::new();
+        let mut listing = self.store.list(layout::BACKUPS, None);
+        while let Some(entry) = listing.try_next().await? {
+            let Some((id, what)) = layout::parse_backup(&entry.key) else { continue };
+            let of = all.entry(id).or_default();
+            match what {
+                OfBackup::Manifest => of.manifest = Some(entry),
+                OfBackup::Begun => of.begun = Some(entry),
+                OfBackup::Tombstone => of.tombstone = Some(entry),
+                OfBackup::Pin => of.pins.push(entry),
+            }
+        }
+        Ok(all)
     }
 
     /// The heads of all backups that can be read, in order of position, and what is wrong with the others. One that is
@@ -258,7 +290,7 @@ impl Repository {
         Ok(backups)
     }
 
-    /// A directory without a manifest is no backup: one that was cut off on a disk, or deleted.
+    /// One that was deleted since the listing is none.
     async fn look_for(&self, id: BackupId) -> Result<Option<Result<BackupHead>>> {
         match self.find_manifest(id).await {
             Ok(found) => Ok(found.map(|(head, ..)| Ok(head))),
@@ -290,11 +322,34 @@ impl Repository {
         Ok(Some((head, length as u64, chunk.object_size)))
     }
 
+    /// The packs a manifest names. They come first: no more of it is read.
+    pub async fn packs_of(&self, backup: BackupId) -> Result<Vec<PackId>> {
+        let mut packs = Vec::new();
+        let take = |line| match line {
+            Line::Pack(pack) => {
+                packs.push(pack);
+                Ok(ControlFlow::Continue(()))
+            }
+            _ => Ok(ControlFlow::Break(())),
+        };
+        self.walk_manifest(backup, take).await?;
+        Ok(packs)
+    }
+
     /// Reads the whole manifest, handing each line over in order, `End` not included.
     pub async fn read_manifest(
         &self,
         backup: BackupId,
         mut line: impl FnMut(Line) -> Result<()>,
+    ) -> Result<BackupHead> {
+        self.walk_manifest(backup, |next| line(next).map(ControlFlow::Continue)).await
+    }
+
+    /// Reads a manifest line by line until `line` has had enough.
+    async fn walk_manifest(
+        &self,
+        backup: BackupId,
+        mut line: impl FnMut(Line) -> Result<ControlFlow<()>>,
     ) -> Result<BackupHead> {
         let key = layout::manifest(backup);
         let (head, mut at, _) = self.manifest_start(backup).await?;
@@ -312,7 +367,11 @@ impl Repository {
                 match serde_json::from_slice(json).map_err(|e| self.corrupt(&key, e))? {
                     Line::End(lines) if lines == count && !ended => ended = true,
                     Line::End(_) => return Err(self.corrupt(&key, "it ends at the wrong place")),
-                    next if !ended => line(next)?,
+                    next if !ended => {
+                        if line(next)?.is_break() {
+                            return Ok(head);
+                        }
+                    }
                     _ => return Err(self.corrupt(&key, "it goes on after its end")),
                 }
                 count += 1;

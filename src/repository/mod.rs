@@ -12,6 +12,7 @@ pub mod layout;
 pub mod log;
 pub mod manifest;
 pub mod pack;
+mod prune;
 pub mod reach;
 mod wal_content;
 mod wal_index;
@@ -27,8 +28,9 @@ use crate::storage::{Body, Created, Store, probe, read_small};
 pub use codec::Codec;
 pub use descriptor::Descriptor;
 pub use generation::{Claim, Lineage, NewWriter, tips};
+pub use prune::PruneRecord;
 pub use wal_content::Known;
-pub use wal_index::{WalIndex, WalPlace, WalSource};
+pub use wal_index::{WalIndex, WalListing, WalPlace, WalSource};
 pub use wal_object::{FRAME, FRAMES_MAX, Frame, Plain, Put, WalHead, WalObject};
 pub use writer::Writer;
 

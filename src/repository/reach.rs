@@ -45,6 +45,8 @@ pub struct Window {
     pub last: Option<SegmentName>,
     #[serde(serialize_with = "as_text")]
     pub missing: Option<SegmentName>,
+    /// The WAL behind it was pruned: nothing is missing.
+    pub pruned: bool,
 }
 
 fn as_text<S: serde::Serializer>(name: &Option<SegmentName>, s: S) -> Result<S::Ok, S::Error> {
@@ -115,8 +117,11 @@ impl<'a> View<'a> {
                 return Coverage { through, last, next, gap: self.has_wal_after(number) };
             };
             last = Some(next);
-            let through = place.through(self.end_of_segment(number));
-            if through < self.end_of_segment(number) {
+            let (through, end) = (place.through(self.end_of_segment(number)), self.end_of_segment(number));
+            // Whoever left the timeline exactly at the segment's end has read its switch record (pg_switch_wal, or a
+            // backup): what comes behind that is zeros, and may have died with the machine.
+            let is_whole = through == end || self.history.end_of(wanted) == Some(Some(end));
+            if !is_whole {
                 return Coverage { through, last, next, gap: self.has_wal_after(number) };
             }
             number += 1;
@@ -140,9 +145,13 @@ impl<'a> View<'a> {
         usable
     }
 
-    /// The stretches that can be restored to on the way to this timeline, oldest first.
-    pub fn windows(&self, backups: &[BackupHead]) -> Vec<Window> {
+    /// The stretches that can be restored to on the way to this timeline, oldest first. WAL before `points_from` is kept
+    /// as far as backups need it only.
+    pub fn windows(&self, backups: &[BackupHead], points_from: Lsn) -> Vec<Window> {
         let mut windows: Vec<Window> = Vec::new();
+        let size = self.segment_size();
+        let is_pruned =
+            |name: &SegmentName| name.number(size).is_some_and(|number| number < size.number_at(points_from));
         for (backup, coverage) in self.usable(backups) {
             match windows.last_mut().filter(|window| window.through == coverage.through) {
                 Some(window) => window.newest_backup = backup.backup_id,
@@ -155,7 +164,8 @@ impl<'a> View<'a> {
                     from_time: backup.stopped_at,
                     through: coverage.through,
                     last: coverage.last,
-                    missing: coverage.gap.then_some(coverage.next),
+                    missing: coverage.gap.then_some(coverage.next).filter(|name| !is_pruned(name)),
+                    pruned: coverage.gap && is_pruned(&coverage.next),
                 }),
             }
         }
@@ -315,6 +325,23 @@ mod tests {
     }
 
     #[test]
+    fn a_switched_segment_whose_zeros_never_arrived_is_whole_for_who_read_the_switch() {
+        let lineage = lineage(&[1, 2]);
+        let mut index = index(&[(1, 1, 2..5), (2, 2, 6..7)], &[(2, &[(1, 6 * SEGMENT)])]);
+        index.add_run(run(1, 1, 5 * SEGMENT, 5 * SEGMENT + 300), size());
+        let view = View::new(&lineage, &index, Timeline(2)).expect("known");
+        let coverage = view.coverage(Lsn(2 * SEGMENT));
+        assert_eq!((coverage.through, coverage.gap), (Lsn(7 * SEGMENT), false));
+        // Left anywhere else, the part that is missing held records.
+        index.add_history(History {
+            timeline: Timeline(3),
+            switches: vec![Switch { timeline: Timeline(1), at: Lsn(6 * SEGMENT + 8) }],
+        });
+        let view = View::new(&lineage, &index, Timeline(3)).expect("known");
+        assert_eq!(view.coverage(Lsn(2 * SEGMENT)).through, Lsn(5 * SEGMENT + 300));
+    }
+
+    #[test]
     fn a_missing_segment_in_the_middle_is_a_gap_not_an_end() {
         let lineage = lineage(&[1]);
         let index = index(&[(1, 1, 2..4), (1, 1, 5..7)], &[]);
@@ -322,8 +349,10 @@ mod tests {
         let coverage = view.coverage(Lsn(2 * SEGMENT));
         assert_eq!((coverage.through, coverage.gap), (Lsn(4 * SEGMENT), true));
         assert_eq!(coverage.next, SegmentName::new(Timeline(1), 4, size()));
-        let windows = view
-            .windows(&[backup(1, 1, 2 * SEGMENT + 40, 2 * SEGMENT + 80), backup(1, 1, 5 * SEGMENT + 40, 6 * SEGMENT)]);
+        let windows = view.windows(
+            &[backup(1, 1, 2 * SEGMENT + 40, 2 * SEGMENT + 80), backup(1, 1, 5 * SEGMENT + 40, 6 * SEGMENT)],
+            Lsn(0),
+        );
         assert_eq!(windows.len(), 2, "one on either side of the gap");
         assert_eq!(windows[0].missing, Some(coverage.next));
         assert_eq!(windows[1].missing, None);

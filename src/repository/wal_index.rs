@@ -124,15 +124,34 @@ impl WalIndex {
     }
 }
 
+/// What a generation has of WAL: objects, and the entries of its log.
+#[derive(Debug, Clone)]
+pub struct WalListing {
+    pub generation: Generation,
+    pub entries: Vec<Entry>,
+    pub run: Option<LogRun>,
+}
+
 impl Repository {
     /// Lists the WAL of every generation of the lineage. Histories are read, segments only listed.
     pub async fn wal_index(&self, lineage: &Lineage) -> Result<WalIndex> {
+        let listed = self.list_wal(lineage.claims().iter().map(|claim| claim.generation)).await?;
+        self.index_of(lineage, &listed).await
+    }
+
+    /// Lists the WAL of generations.
+    pub async fn list_wal(&self, generations: impl Iterator<Item = Generation>) -> Result<Vec<WalListing>> {
+        let looks: Vec<_> = generations.map(|generation| self.wal_of(generation)).collect();
+        futures::stream::iter(looks).buffered(PARALLEL).try_collect().await
+    }
+
+    /// The WAL of a lineage, of what was listed for it and others.
+    pub async fn index_of(&self, lineage: &Lineage, listed: &[WalListing]) -> Result<WalIndex> {
         let mut index = WalIndex::default();
         let mut histories: Vec<(Generation, Timeline)> = Vec::new();
-        let looks: Vec<_> = lineage.claims().iter().map(|claim| self.wal_of(claim.generation)).collect();
-        let looks: Vec<_> = futures::stream::iter(looks).buffered(PARALLEL).try_collect().await?;
-        for (claim, (entries, run)) in lineage.claims().iter().zip(looks) {
-            for entry in entries {
+        for claim in lineage.claims() {
+            let Some(listing) = listed.iter().find(|listing| listing.generation == claim.generation) else { continue };
+            for entry in &listing.entries {
                 let Some((generation, name)) = layout::parse_wal_file(&entry.key) else { continue };
                 match name {
                     WalFileName::Segment(name) => {
@@ -143,7 +162,7 @@ impl Repository {
                     WalFileName::Partial(_) | WalFileName::Backup(..) => (),
                 }
             }
-            if let Some(run) = run {
+            if let Some(run) = listing.run {
                 index.add_run(run, claim.segment_size);
             }
         }
@@ -156,10 +175,10 @@ impl Repository {
     }
 
     /// The log first: what is collected from it meanwhile is among the objects then.
-    async fn wal_of(&self, generation: Generation) -> Result<(Vec<Entry>, Option<LogRun>)> {
+    async fn wal_of(&self, generation: Generation) -> Result<WalListing> {
         let run = self.log_tail(generation).await?;
         let entries = self.store.list(&layout::wal_dir(generation), None).try_collect().await?;
-        Ok((entries, run))
+        Ok(WalListing { generation, entries, run })
     }
 
     /// A history file that is known to be there.

@@ -18,6 +18,8 @@ pub struct Reachable {
     /// What is wrong with backups that cannot be read.
     pub damaged: Vec<Error>,
     pub timeline: Timeline,
+    /// Where the last prune has left all WAL from.
+    pub points_from: Lsn,
 }
 
 impl Reachable {
@@ -55,7 +57,8 @@ impl Reachable {
             return Err(missing.context(format!("WAL of timeline {timeline} cannot be followed")));
         }
         let Backups { sound, damaged } = repository.backups().await?;
-        Ok(Some(Reachable { lineage, index, backups: sound, damaged, timeline }))
+        let points_from = repository.points_from().await?;
+        Ok(Some(Reachable { lineage, index, backups: sound, damaged, timeline, points_from }))
     }
 
     /// The same where there must be something.
@@ -73,7 +76,7 @@ impl Reachable {
     }
 
     pub fn windows(&self) -> Result<Vec<Window>> {
-        Ok(self.view()?.windows(&self.backups))
+        Ok(self.view()?.windows(&self.backups, self.points_from))
     }
 }
 
@@ -113,8 +116,9 @@ pub struct Choice {
     pub generation: Generation,
     pub oldest: Generation,
     pub timeline: Timeline,
-    /// All WAL before this is there.
+    /// All WAL before this is there, and whether there is more behind a hole.
     pub through: Lsn,
+    pub gap: bool,
     /// What is wrong with other backups.
     pub damaged: Vec<String>,
 }
@@ -161,7 +165,8 @@ fn choose_from(reachable: &Reachable, backup: Option<BackupId>, located: &Locate
         }
         _ => candidates.rfind(reaches),
     };
-    let (head, coverage) = best.ok_or_else(|| unreachable(&view.windows(&reachable.backups), &located.target))?;
+    let (head, coverage) =
+        best.ok_or_else(|| unreachable(&view.windows(&reachable.backups, reachable.points_from), &located.target))?;
     if located.target == Target::Newest && coverage.gap {
         return Err(Error::damaged(format!(
             "the newest state cannot be reached: {} is missing and WAL goes on after it",
@@ -176,6 +181,7 @@ fn choose_from(reachable: &Reachable, backup: Option<BackupId>, located: &Locate
         oldest: head.generation,
         timeline: reachable.timeline,
         through: coverage.through,
+        gap: coverage.gap,
         damaged: reachable.damaged.iter().map(Error::to_string).collect(),
     })
 }

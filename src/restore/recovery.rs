@@ -67,7 +67,9 @@ fn fetch_command(choice: &Choice, options: &Options) -> String {
         format!("--oldest={}", choice.oldest),
         format!("--timeline={}", choice.timeline),
     ]);
-    if choice.located.target == Target::BeforeGap {
+    // Recovery reads ahead of its target (`recovery_prefetch`), and must not run into the hole.
+    let to_the_hole = choice.gap && choice.located.target == Target::Immediate;
+    if choice.located.target == Target::BeforeGap || to_the_hole {
         words.push(format!("--through={}", choice.through));
     }
     conf::wal_command(&words, &["%f", "%p"])

@@ -30,6 +30,7 @@ use crate::postgres::{ConnectOptions, Install, version_of};
 use crate::repository::log::Position;
 use crate::repository::{Claim, Codec, NewWriter, Repository, Writer};
 use crate::restore::{self, Action, Target};
+use crate::retention::Keep;
 use crate::storage::Store;
 
 use boot::Decision;
@@ -64,6 +65,9 @@ pub struct Options {
     /// How long a stop may take.
     pub grace: Duration,
     pub backup_every: Duration,
+    /// What is kept of old backups; no rule: everything.
+    pub keep: Keep,
+    pub prune_grace: Duration,
     /// Address and port on which readiness, status and metrics are told.
     pub http: Option<String>,
     /// Where to ask for notices that the machine will go away.

@@ -11,6 +11,7 @@ use crate::events::{Event, Events};
 use crate::model::{BackupId, Timestamp};
 use crate::repository::Writer;
 use crate::restore::Reachable;
+use crate::retention;
 use crate::status::Board;
 
 use super::Options;
@@ -44,6 +45,7 @@ async fn backups(
             Ok(id) => {
                 (at_once, retry) = (false, FIRST_RETRY);
                 board.backup(id.to_string());
+                prune(options, pusher, events).await?;
             }
             Err(error) if error.kind() == Kind::Fenced => return Err(error),
             Err(error) => {
@@ -52,6 +54,27 @@ async fn backups(
                 retry = (retry * 2).min(LONGEST_RETRY);
             }
         }
+    }
+}
+
+/// After a backup those that are too old by now go. What fails is done by the next one.
+async fn prune(options: &Options, pusher: &Pusher, events: &Events) -> Result<()> {
+    if options.keep.is_empty() {
+        return Ok(());
+    }
+    let rules = retention::Options {
+        keep: options.keep.clone(),
+        grace: options.prune_grace,
+        dry_run: false,
+        generation: Some(pusher.writer.claim.generation),
+    };
+    match retention::prune(&pusher.repository, &rules, events).await {
+        Err(error) if error.kind() == Kind::Fenced => Err(error),
+        Err(error) => {
+            events.warning(format!("old backups could not be deleted: {error}"));
+            Ok(())
+        }
+        Ok(_) => Ok(()),
     }
 }
 

@@ -52,6 +52,10 @@ pub(super) fn command(options: &Options, install: &Install, stage: Stage<'_>) ->
             // A directory that was restored to be looked at (`--action pause`) becomes the database now.
             settings.extend(["hot_standby=off".to_owned(), "recovery_target_action=promote".to_owned()]);
             settings.extend(raised(&data_dir, install.version, configured)?);
+            // The stream begins where the segment in which recovery ends does. If the checkpoint that follows lies in
+            // the next one already, this one must not go before our slot is there to keep it.
+            let segment = ControlFile::read(&data_dir, install.version)?.segment_size;
+            settings.push(format!("wal_keep_size={}MB", (2 * segment.bytes()) >> 20));
         }
     }
     let mut arguments: Vec<OsString> = vec!["-D".into(), data_dir.clone().into()];

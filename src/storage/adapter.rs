@@ -16,6 +16,7 @@ use object_store::{
 use super::failure::{Meaning, meaning};
 use super::{Body, Chunk, Created, Entry, Level, Location, Store};
 use crate::error::{Error, IoContext, Kind, Result};
+use crate::model::Timestamp;
 
 /// One of the library's stores, seen through the repository's prefix.
 #[derive(Debug, Clone)]
@@ -54,7 +55,8 @@ impl Adapter {
     }
 
     fn entry(&self, meta: &object_store::ObjectMeta) -> Entry {
-        Entry { key: self.key(&meta.location), size: meta.size }
+        let modified = Timestamp::from_unix_micros(meta.last_modified.timestamp_micros());
+        Entry { key: self.key(&meta.location), size: meta.size, modified }
     }
 
     fn failed(&self, raw: object_store::Error, key: &str) -> Error {

@@ -56,6 +56,10 @@ async fn lists_in_order(store: &dyn Store, under: &str) -> Result<()> {
     };
     let all: Vec<_> = store.list(&prefix, None).try_collect().await?;
     check(all.iter().all(|entry| entry.size == 1), "a listing knows sizes")?;
+    let in_order = |a: &super::Entry, b: &super::Entry| a.modified <= b.modified;
+    let age = |name: &str| all.iter().find(|entry| entry.key == format!("{under}/list/{name}"));
+    let ordered = age("b/2").zip(age("c/x/y")).is_some_and(|(first, last)| in_order(first, last));
+    check(ordered, "what was written later is not the older one")?;
     check(keys(all) == ["a", "b/1", "b/10", "b/2", "c/x/y"], "a listing is complete and in key order")?;
     let later: Vec<_> = store.list(&prefix, Some(&format!("{prefix}/b/10"))).try_collect().await?;
     check(keys(later) == ["b/2", "c/x/y"], "a listing can start after a key")?;

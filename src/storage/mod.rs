@@ -24,6 +24,7 @@ use futures::stream::BoxStream;
 use crate::clock::Clock;
 use crate::error::{Error, Result};
 use crate::events::Events;
+use crate::model::Timestamp;
 
 pub use adapter::Adapter;
 pub use location::{Location, Scheme};
@@ -49,6 +50,8 @@ pub struct Chunk {
 pub struct Entry {
     pub key: String,
     pub size: u64,
+    /// When it was written, by the store's clock: to be compared with nothing but other objects of the same store.
+    pub modified: Timestamp,
 }
 
 /// One level of the key space: "directories" without their trailing slash, and objects.

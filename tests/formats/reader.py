@@ -179,6 +179,10 @@ class Repository:
         matches = (re.fullmatch(pattern, key) for key in self.keys())
         return sorted({match[1] for match in matches if match}, reverse=True)
 
+    def backups(self):
+        """Ids of the backups that exist: with a manifest and not deleted, newest first."""
+        return [id for id in self.found("backups/([^/]+)/manifest") if not self.has(f"backups/{id}/deleted")]
+
     def generations(self):
         return [int(number) for number in self.found(r"generations/(\d{8})/.*")]
 
@@ -374,7 +378,7 @@ def plan(repo, backup=None):
         line = repo.lineage(number)
         index = repo.wal_index(line)
         path = timelines(repo, index)
-        for candidate in [backup] if backup else repo.found("backups/([^/]+)/manifest"):
+        for candidate in [backup] if backup else repo.backups():
             head, _, lines = repo.manifest(candidate)
             if head["generation"] in line and lsn(head["stop_lsn"]) <= dict(path).get(head["timeline"], 0):
                 return head, lines, index, path, segments(index, path, head)
@@ -401,7 +405,8 @@ def segments(index, path, head):
             name = segment_name(timeline, n, size)
             key = f"generations/*/wal/{name[:8]}/{name[8:16]}/{name}.zst"
             demand(n in have, key, "missing")
-            demand(have[n] >= min(goal, (n + 1) * size), key, "missing, and logs hold only a part of it")
+            switched = later and (n + 1) * size == end
+            demand(switched or have[n] >= min(goal, (n + 1) * size), key, "missing, and logs hold only a part of it")
         chosen += [(segment_name(timeline, n, size), min(reach, end) - n * size) for n, reach in have.items()]
         later = later or bool(have)
     return sorted(chosen)
@@ -511,6 +516,13 @@ def check_key(repo, key):
     elif re.fullmatch(r"generations/\d{8}/wal/(([0-9A-F]{8})/([0-9A-F]{8})/\2\3.*|[0-9A-F]{8}\.history)\.zst", key):
         same = repo.wal_file(key, with_crc=True)[0]["system_id"] == repo.generation(int(parts[1]))["system_id"]
         demand(same, key, "is of another cluster")
+    elif re.fullmatch(r"backups/[^/]+/(begun|deleted|pins/[0-9a-f]{32})", key):
+        kind = {"begun": "begun", "deleted": "tombstone", "pins": "pin"}[parts[2]]
+        parse_document(key, repo.read(key), f"perennial/{kind}")
+    elif re.fullmatch(r"prunes/[0-9a-f]{16}-[0-9a-f]{32}", key):
+        parse_document(key, repo.read(key), "perennial/prune")
+    elif re.fullmatch(r"backups/[^/]+/manifest", key) and parts[1] not in repo.backups():
+        pass  # what a deleted backup names may be gone
     elif re.fullmatch(r"backups/[^/]+/manifest", key):
         head, _, lines = repo.manifest(parts[1])
         for file in lines["file"]:
@@ -529,7 +541,7 @@ def check(repo):
     newest = max(repo.generations(), default=0)
     claims = [f"generations/{number:08d}/generation.json" for number in range(1, newest + 1)]
     tasks = [(check_key, repo, key) for key in sorted({*keys, *claims})]
-    tasks += [(plan, repo)] if repo.found("(backups)/.*") else []
+    tasks += [(plan, repo)] if repo.backups() else []
     for task, *arguments in tasks:
         try:
             with reading(arguments[-1]):
@@ -554,7 +566,9 @@ def cat(repo, key):
         content = (unpack(key, frame) for frame in repo.pack_frames(key))
     else:
         content = [repo.read(key)]
-        kind = "collected" if "/collected/" in key else "generation" if "/" in key else "repository"
+        names = {"begun": "begun", "deleted": "tombstone"}
+        places = {"/collected/": "collected", "/pins/": "pin", "prunes/": "prune", "generations/": "generation"}
+        kind = names.get(key.split("/")[-1]) or next((places[part] for part in places if part in key), "repository")
         parse_document(key, content[0], f"perennial/{kind}")
     sys.stdout.buffer.writelines(content)
 

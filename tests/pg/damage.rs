@@ -6,16 +6,6 @@ use crate::support::*;
 
 const DAMAGED: i32 = 65;
 
-fn all_files(directory: &Path) -> Vec<PathBuf> {
-    let mut files = Vec::new();
-    for entry in std::fs::read_dir(directory).expect("listed") {
-        let path = entry.expect("listed").path();
-        if path.is_dir() { files.extend(all_files(&path)) } else { files.push(path) }
-    }
-    files.sort();
-    files
-}
-
 /// A repository with a backup, a few segments after it, and a tail that only the log has.
 fn repository(scratch: &Scratch) -> Bucket {
     let bucket = Bucket::directory(scratch);

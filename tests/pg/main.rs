@@ -18,6 +18,7 @@ mod boots;
 mod damage;
 mod live_backup;
 mod outages;
+mod retention;
 mod shapes;
 mod survive;
 mod targets;

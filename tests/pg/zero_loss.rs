@@ -112,6 +112,42 @@ fn a_spare_that_is_told_to_stop_just_stops() {
 }
 
 #[test]
+fn a_machine_that_dies_between_a_segment_switch_and_its_padding_leaves_no_gap_behind() {
+    let scratch = Scratch::new();
+    let bucket = Bucket::directory(&scratch);
+    let mut first = Machine::new(&scratch, "a", &bucket);
+    first.start(&["--init", "--rpo=0"]).ready().with_backup();
+    first.sql("CREATE TABLE t AS SELECT 1 AS id");
+    first.archived();
+    let log = bucket.path().join("generations/00000001/log");
+    let entries = || {
+        let mut all: Vec<_> =
+            std::fs::read_dir(&log).expect("listed").map(|entry| entry.expect("an entry").path()).collect();
+        all.sort();
+        all
+    };
+    let before = entries().len();
+    let switched = first.sql("SELECT pg_walfile_name(pg_switch_wal())");
+    wait_until("the segment is stored", || first.log().contains(&format!("pushed {switched}")));
+    first.vanish();
+    // As if it had died with all but the first of the segment's last entries on their way.
+    entries().iter().skip(before + 1).for_each(|entry| std::fs::remove_file(entry).expect("removed"));
+    let object = format!("generations/00000001/wal/{}/{}/{switched}.zst", &switched[..8], &switched[8..16]);
+    std::fs::remove_file(bucket.path().join(object)).expect("removed");
+
+    let mut second = Machine::new(&scratch, "b", &bucket);
+    second.start(&["--rpo=0", "--backup-every=1d"]).ready();
+    let left = second.sql("SELECT pg_read_file('pg_wal/00000002.history')");
+    assert!(left.contains("000000\t"), "it recovered to the end of the switched segment: {left}");
+    second.sql("INSERT INTO t VALUES (2)");
+    second.vanish();
+    let mut third = Machine::new(&scratch, "c", &bucket);
+    third.start(&["--rpo=0"]).ready();
+    assert_eq!(third.sql("SELECT string_agg(id::text, ',' ORDER BY id) FROM t"), "1,2");
+    assert_eq!(third.stop(), 0);
+}
+
+#[test]
 fn a_clean_stop_under_load_loses_nothing_and_the_next_machine_need_not_wait() {
     let scratch = Scratch::new();
     let bucket = Bucket::s3();

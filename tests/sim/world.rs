@@ -318,8 +318,11 @@ impl Store for World {
                 let page: Vec<Entry> = world
                     .request(move |objects| {
                         let later = objects.iter().filter(|(key, _)| key.starts_with(&under) && **key > after);
-                        let entry =
-                            |(key, bytes): (&String, &Bytes)| Entry { key: key.clone(), size: bytes.len() as u64 };
+                        let entry = |(key, bytes): (&String, &Bytes)| Entry {
+                            key: key.clone(),
+                            size: bytes.len() as u64,
+                            modified: Timestamp::from_unix_micros(0),
+                        };
                         later.take(PAGE).map(entry).collect()
                     })
                     .await?;
@@ -338,7 +341,11 @@ impl Store for World {
             for (key, bytes) in objects.iter().filter(|(key, _)| key.starts_with(&under)) {
                 match key[under.len()..].split_once('/') {
                     Some((directory, _)) => level.directories.push(format!("{under}{directory}")),
-                    None => level.entries.push(Entry { key: key.clone(), size: bytes.len() as u64 }),
+                    None => level.entries.push(Entry {
+                        key: key.clone(),
+                        size: bytes.len() as u64,
+                        modified: Timestamp::from_unix_micros(0),
+                    }),
                 }
             }
             level.directories.dedup();

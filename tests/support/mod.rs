@@ -495,6 +495,17 @@ pub fn server_user_name() -> String {
     nix::unistd::User::from_uid(nix::unistd::Uid::from_raw(uid)).ok().flatten().expect("a user").name
 }
 
+/// All files below a directory, in order.
+pub fn all_files(directory: &Path) -> Vec<PathBuf> {
+    let mut files = Vec::new();
+    for entry in std::fs::read_dir(directory).into_iter().flatten() {
+        let path = entry.expect("listed").path();
+        if path.is_dir() { files.extend(all_files(&path)) } else { files.push(path) }
+    }
+    files.sort();
+    files
+}
+
 /// Looks until `done` says so; a story that never gets there fails with `what`.
 pub fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
     let deadline = Instant::now() + PATIENCE;

@@ -71,7 +71,11 @@ fn tell_windows(stretches: &[Stretch]) {
         .map(|stretch| {
             let window = &stretch.window;
             let end = stretch.last_commit.or(stretch.last_push).map_or(String::new(), Timestamp::short);
-            let missing = window.missing.map_or(String::new(), |name| format!("GAP: {name} is missing"));
+            let missing = match window.missing {
+                Some(name) => format!("GAP: {name} is missing"),
+                None if window.pruned => "WAL after it was pruned".to_owned(),
+                None => String::new(),
+            };
             vec![
                 window.from_time.short(),
                 end,
@@ -134,6 +138,7 @@ fn tell_json(repository: &Repository, claims: &[Claim], backups: &[BackupHead], 
                 "oldest_backup": window.oldest_backup,
                 "newest_backup": window.newest_backup,
                 "missing_segment": window.missing.map(|name| name.to_string()),
+                "pruned_after": window.pruned,
             })
         })
         .collect();

@@ -5,6 +5,7 @@ mod backup;
 mod demo;
 mod init;
 mod list;
+mod prune;
 mod restore;
 mod run;
 mod status;
@@ -35,6 +36,9 @@ pub fn dispatch(args: Args) -> Result<i32> {
         Command::List => wide(list::run(&setup)),
         Command::Verify(args) => wide(verify::run(&setup, args)),
         Command::Status(args) => wide(status::run(&setup, args)),
+        Command::Prune(args) => wide(prune::run(&setup, args)),
+        Command::Pin(args) => wide(prune::pin(&setup, args)),
+        Command::Unpin(args) => wide(prune::unpin(&setup, args)),
         Command::Demo(args) => demo::run(&setup, args),
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Args::command(), "perennial", &mut std::io::stdout());

@@ -56,7 +56,10 @@ pub fn run(setup: &Setup, mut args: args::Run) -> Result<i32> {
 /// What `run` and `agent` have in common; the rest is as for a server that something else runs.
 pub(super) fn options(setup: &Setup, keep: args::Keep, data_dir: PathBuf) -> Result<run::Options> {
     let config = &setup.config;
+    let (keep_backups, prune_grace) = super::prune::rules(setup, &keep.retention)?;
     Ok(run::Options {
+        keep: keep_backups,
+        prune_grace,
         data_dir,
         init: false,
         adopt: keep.adopt,

@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 
 use super::Position;
 use crate::error::Result;
-use crate::model::Generation;
+use crate::model::{Generation, Timestamp};
 use crate::repository::{DOCUMENT_MAX, Repository, document, layout};
 use crate::storage::{Body, read_small};
 
@@ -56,8 +56,25 @@ impl Repository {
         Ok(bound)
     }
 
+    /// When the newest entry of a log was written, by the store's clock; `None` for a log without entries.
+    pub async fn log_written_at(&self, generation: Generation) -> Result<Option<Timestamp>> {
+        let entries: Vec<_> = self.store.list(&layout::log_dir(generation), None).try_collect().await?;
+        Ok(entries.iter().map(|entry| entry.modified).max())
+    }
+
+    /// Lets all entries of a replaced writer's log go but its seal. Only for a log whose WAL nobody needs; one that was
+    /// not sealed, or never opened, is left alone.
+    pub async fn collect_whole_log(&self, generation: Generation) -> Result<()> {
+        let view = self.log(generation).await?;
+        let (Some(seal), Some(end)) = (&view.seal, view.end()) else { return Ok(()) };
+        if seal.number == view.bound.number {
+            return Ok(());
+        }
+        self.collect_log(generation, view.bound.number, &Bound::at(seal.number, Some(end))).await
+    }
+
     /// Lets the entries from `from` to below the bound go. Only their writer may call it, once their WAL is in whole
-    /// segments. Whatever is interrupted is done by the next call or left behind; nothing needed is missing.
+    /// segments, or whoever prunes, once the log is sealed. Whatever is interrupted is done by the next call or left behind; nothing needed is missing.
     pub async fn collect_log(&self, generation: Generation, from: u64, bound: &Bound) -> Result<()> {
         self.store.create(&layout::collected(generation, bound.number), &Body::from(document::write(bound)?)).await?;
         let delete = |number| {

@@ -1,0 +1,213 @@
+//! A region of a file in a manifest: one frame with all its bytes, and possibly patches, frames with just the pages that
+//! changed since.
+
+use std::fmt;
+
+use serde::de::{self, SeqAccess, Visitor};
+use serde::ser::SerializeSeq;
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+use super::codec::Sha256;
+use super::pack::FrameRef;
+
+/// Data files are cut in regions of this many bytes.
+pub const REGION: u64 = 1 << 20;
+
+/// Patches are made of PostgreSQL's pages.
+pub const PAGE: usize = 8192;
+
+/// Pages of a region by number, counted from its start.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Pages(pub u128);
+
+impl Pages {
+    /// The first `count` pages.
+    pub fn first(count: u32) -> Pages {
+        Pages(if count >= u128::BITS { u128::MAX } else { (1 << count) - 1 })
+    }
+
+    pub fn add(&mut self, page: u32) {
+        self.0 |= 1u128.checked_shl(page).unwrap_or(0);
+    }
+
+    pub fn has(self, page: u32) -> bool {
+        self.0.checked_shr(page).is_some_and(|bits| bits & 1 == 1)
+    }
+
+    pub fn count(self) -> u32 {
+        self.0.count_ones()
+    }
+
+    pub fn is_empty(self) -> bool {
+        self.0 == 0
+    }
+
+    pub fn without(self, others: Pages) -> Pages {
+        Pages(self.0 & !others.0)
+    }
+
+    pub fn with(self, others: Pages) -> Pages {
+        Pages(self.0 | others.0)
+    }
+
+    /// How many of them come before `page`.
+    pub fn before(self, page: u32) -> u32 {
+        Pages(self.0 & Pages::first(page).0).count()
+    }
+
+    pub fn iter(self) -> impl Iterator<Item = u32> {
+        (0..u128::BITS).filter(move |page| self.has(*page))
+    }
+}
+
+/// Pages that changed, one after the other in a frame.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Patch {
+    pub frame: FrameRef,
+    pub pages: Pages,
+}
+
+/// `[pack, offset, stored, plain, crc32c, sha256]`, and with patches a list of `[pack, offset, stored, sha256, pages]`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Region {
+    pub frame: FrameRef,
+    /// Bytes of the file in this region.
+    pub plain: u32,
+    /// CRC-32C of these bytes, patches applied.
+    pub crc: u32,
+    /// Later ones go over earlier ones.
+    pub patches: Vec<Patch>,
+}
+
+impl Region {
+    /// A region stored as a whole.
+    pub fn whole(frame: FrameRef, plain: u32, crc: u32) -> Region {
+        Region { frame, plain, crc, patches: Vec::new() }
+    }
+
+    /// All frames it needs.
+    pub fn frames(&self) -> impl Iterator<Item = FrameRef> + '_ {
+        std::iter::once(self.frame).chain(self.patches.iter().map(|patch| patch.frame))
+    }
+
+    /// Whether its patches fit: they only replace whole pages that it has.
+    pub fn is_sound(&self) -> bool {
+        let pages = self.plain / PAGE as u32;
+        let all = Pages::first(pages);
+        let whole = self.plain as usize == pages as usize * PAGE && pages <= u128::BITS;
+        self.patches.is_empty()
+            || (whole && self.patches.iter().all(|patch| patch.pages.without(all).is_empty() && !patch.pages.is_empty()))
+    }
+
+    /// Which pages each frame supplies in the end, the whole one first.
+    pub fn supplies(&self) -> Vec<(FrameRef, Pages, Pages)> {
+        let all = Pages::first(self.plain / PAGE as u32);
+        let layers = std::iter::once((self.frame, all)).chain(self.patches.iter().map(|patch| (patch.frame, patch.pages)));
+        let mut covered = Pages::default();
+        let mut supplies: Vec<_> = layers
+            .collect::<Vec<_>>()
+            .into_iter()
+            .rev()
+            .map(|(frame, held)| {
+                let wanted = held.without(covered);
+                covered = covered.with(held);
+                (frame, held, wanted)
+            })
+            .collect();
+        supplies.reverse();
+        supplies
+    }
+}
+
+type PatchTuple = (u32, u64, u32, Sha256, String);
+
+impl Serialize for Region {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let mut list = serializer.serialize_seq(Some(if self.patches.is_empty() { 6 } else { 7 }))?;
+        list.serialize_element(&self.frame.pack)?;
+        list.serialize_element(&self.frame.offset)?;
+        list.serialize_element(&self.frame.stored)?;
+        list.serialize_element(&self.plain)?;
+        list.serialize_element(&self.crc)?;
+        list.serialize_element(&self.frame.sha256)?;
+        if !self.patches.is_empty() {
+            let patches = self.patches.iter().map(|Patch { frame, pages }| -> PatchTuple {
+                (frame.pack, frame.offset, frame.stored, frame.sha256, format!("{:032x}", pages.0))
+            });
+            list.serialize_element(&patches.collect::<Vec<_>>())?;
+        }
+        list.end()
+    }
+}
+
+impl<'de> Deserialize<'de> for Region {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Region, D::Error> {
+        deserializer.deserialize_seq(RegionVisitor)
+    }
+}
+
+struct RegionVisitor;
+
+impl<'de> Visitor<'de> for RegionVisitor {
+    type Value = Region;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a region: [pack, offset, stored, plain, crc32c, sha256] and perhaps patches")
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Region, A::Error> {
+        fn next<'de, T: Deserialize<'de>, A: SeqAccess<'de>>(list: &mut A) -> Result<T, A::Error> {
+            list.next_element()?.ok_or_else(|| de::Error::custom("a region is too short"))
+        }
+        let (pack, offset, stored) = (next(&mut list)?, next(&mut list)?, next(&mut list)?);
+        let (plain, crc, sha256) = (next(&mut list)?, next(&mut list)?, next(&mut list)?);
+        let patches: Option<Vec<PatchTuple>> = list.next_element()?;
+        let patches = patches.unwrap_or_default().into_iter().map(|(pack, offset, stored, sha256, pages)| {
+            let bits = u128::from_str_radix(&pages, 16).map_err(|_| de::Error::custom("pages of a patch are no number"))?;
+            Ok(Patch { frame: FrameRef { pack, offset, stored, sha256 }, pages: Pages(bits) })
+        });
+        let patches = patches.collect::<Result<_, A::Error>>()?;
+        Ok(Region { frame: FrameRef { pack, offset, stored, sha256 }, plain, crc, patches })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn frame(pack: u32) -> FrameRef {
+        FrameRef { pack, offset: 7, stored: 9, sha256: Sha256([3; 32]) }
+    }
+
+    fn pages(list: &[u32]) -> Pages {
+        let mut pages = Pages::default();
+        list.iter().for_each(|page| pages.add(*page));
+        pages
+    }
+
+    #[test]
+    fn a_region_reads_back_as_it_was_written() {
+        let mut region = Region::whole(frame(1), 1 << 20, 42);
+        let json = serde_json::to_string(&region).expect("json");
+        assert_eq!(json.matches(',').count(), 5, "{json}");
+        assert_eq!(serde_json::from_str::<Region>(&json).expect("reads back"), region);
+        region.patches.push(Patch { frame: frame(2), pages: pages(&[0, 127]) });
+        let json = serde_json::to_string(&region).expect("json");
+        assert!(json.contains("80000000000000000000000000000001"), "{json}");
+        assert_eq!(serde_json::from_str::<Region>(&json).expect("reads back"), region);
+        assert!(serde_json::from_str::<Region>("[1,2,3]").is_err());
+    }
+
+    #[test]
+    fn each_page_comes_from_the_last_frame_that_has_it() {
+        let mut region = Region::whole(frame(0), 4 * PAGE as u32, 0);
+        region.patches.push(Patch { frame: frame(1), pages: pages(&[1, 2]) });
+        region.patches.push(Patch { frame: frame(2), pages: pages(&[2]) });
+        assert!(region.is_sound());
+        let wanted: Vec<_> = region.supplies().into_iter().map(|(frame, _, wanted)| (frame.pack, wanted)).collect();
+        assert_eq!(wanted, [(0, pages(&[0, 3])), (1, pages(&[1])), (2, pages(&[2]))]);
+        assert_eq!(pages(&[1, 4, 9]).before(9), 2);
+        region.patches[1].pages.add(4);
+        assert!(!region.is_sound(), "a page that the region does not have");
+    }
+}

@@ -1,0 +1,153 @@
+//! Retention: which backups stay, which WAL they need, and deleting the rest without ever missing what is needed.
+//!
+//! Mark and sweep over [`crate::repository::reach`], in two phases with a grace period between them (see
+//! `repository/prune.rs`). Facts are listed, the plan is a value, and only the newest generation deletes.
+
+mod census;
+mod needs;
+mod policy;
+mod sweep;
+
+use std::time::Duration;
+
+use crate::error::{Error, Kind, Result};
+use crate::events::{Event, Events};
+use crate::model::{BackupId, Generation, Lsn, Timestamp, WriteId};
+use crate::repository::{PruneRecord, Repository};
+
+use census::Census;
+
+pub use policy::{Keep, Reason, Verdict};
+
+#[derive(Debug, Clone)]
+pub struct Options {
+    pub keep: Keep,
+    /// How long a deleted backup's objects stay for whoever is reading them.
+    pub grace: Duration,
+    /// Plan only.
+    pub dry_run: bool,
+    /// The generation on whose behalf; the newest when `None`.
+    pub generation: Option<Generation>,
+}
+
+/// What a prune did, or would do.
+#[derive(Debug, serde::Serialize)]
+pub struct Report {
+    pub backups: Vec<Judged>,
+    /// On the way to the newest state all points from here on stay reachable.
+    pub points_from: Option<Lsn>,
+    pub points_from_time: Option<Timestamp>,
+    /// Objects and bytes deleted now, and those of what was deleted less than the grace period ago.
+    pub objects: u64,
+    pub bytes: u64,
+    pub bytes_later: u64,
+    pub logs: u64,
+}
+
+/// One backup and the rules' answer.
+#[derive(Debug, serde::Serialize)]
+pub struct Judged {
+    pub id: BackupId,
+    pub stopped_at: Timestamp,
+    pub stored: u64,
+    /// Why it stays; empty: it goes.
+    pub reasons: Vec<String>,
+}
+
+/// Deletes what the rules do not keep.
+pub async fn prune(repository: &Repository, options: &Options, events: &Events) -> Result<Report> {
+    if options.keep.is_empty() {
+        return Err(Error::usage("no rule says what to keep")
+            .hint("name at least one, such as --keep-last 7 or --keep-points 14d; --dry-run shows what would go"));
+    }
+    let Some(census) = Census::take(repository).await? else {
+        return Err(Error::not_found(format!("{} has no generation: there is nothing to prune", repository.address())));
+    };
+    if let Some(ours) = options.generation.filter(|ours| *ours != census.newest) {
+        let why = format!("generation {ours} was superseded by generation {}: only the newest deletes", census.newest);
+        return Err(Error::new(Kind::Fenced, why));
+    }
+    let candidates = census.candidates(repository).await?;
+    let clock = repository.clock();
+    let newest_stop = candidates.iter().map(|candidate| candidate.stopped_at).max();
+    // A clock that was put back must not make everything look young, nor the future old.
+    let now = newest_stop.map_or(clock.now(), |stop| stop.max(clock.now()));
+    let plan = policy::decide(&candidates, &options.keep, now);
+    let goes: Vec<BackupId> =
+        plan.verdicts.iter().filter(|verdict| !verdict.stays()).map(|verdict| verdict.id).collect();
+
+    let store_now = if options.dry_run {
+        now
+    } else {
+        sweep::still_newest(repository, census.newest).await?;
+        for id in &goes {
+            repository.put_tombstone(*id).await?;
+            events.emit(Event::BackupDeleted { id: *id, grace: options.grace });
+        }
+        repository.put_prune(&record(repository, &census, &plan, &goes)).await?
+    };
+    let mut census = census;
+    if !options.dry_run {
+        census.objects = repository.backup_objects().await?;
+    }
+    let grace_over = store_now.earlier_by(options.grace);
+    let deleted = |id: &BackupId| census.deleted_at(*id).or(goes.contains(id).then_some(store_now));
+    let all = census.heads.iter().map(|head| head.backup_id);
+    let over = sweep::Over {
+        now: all.clone().filter(|id| deleted(id).is_some_and(|deleted| deleted <= grace_over)).collect(),
+        later: all.filter(|id| deleted(id).is_some()).collect(),
+    };
+    let (garbage, bytes_later) = sweep::find(repository, &census, &plan, options, store_now, &over).await?;
+    let report = report(&census, &plan, &garbage, bytes_later);
+    if !options.dry_run {
+        sweep::delete(repository, &census, &garbage).await?;
+        forget_older(repository).await?;
+        events.emit(Event::Pruned { backups: goes.len() as u64, objects: report.objects, bytes: report.bytes });
+    }
+    Ok(report)
+}
+
+fn record(repository: &Repository, census: &Census, plan: &policy::Plan, goes: &[BackupId]) -> PruneRecord {
+    PruneRecord {
+        kind: "perennial/prune".to_owned(),
+        format: 1,
+        write_id: WriteId(repository.clock().random()),
+        generation: census.newest,
+        at: repository.clock().now(),
+        points_from: plan.points_from.unwrap_or(Lsn(0)),
+        deleted: goes.to_vec(),
+    }
+}
+
+/// Only the newest record counts.
+async fn forget_older(repository: &Repository) -> Result<()> {
+    let mut records = repository.prunes().await?;
+    records.pop();
+    for record in records {
+        repository.store().delete(&record.key).await?;
+    }
+    Ok(())
+}
+
+fn report(census: &Census, plan: &policy::Plan, garbage: &sweep::Garbage, bytes_later: u64) -> Report {
+    let head = |id: BackupId| census.heads.iter().find(|head| head.backup_id == id);
+    let judged = plan.verdicts.iter().filter_map(|verdict| {
+        let head = head(verdict.id)?;
+        Some(Judged {
+            id: verdict.id,
+            stopped_at: head.stopped_at,
+            stored: head.stored,
+            reasons: verdict.reasons.iter().map(ToString::to_string).collect(),
+        })
+    });
+    let base = census.heads.iter().find(|head| Some(head.start_lsn) == plan.points_from);
+    Report {
+        backups: judged.collect(),
+        points_from: base.map(|head| head.stop_lsn),
+        points_from_time: base.map(|head| head.stopped_at),
+        objects: garbage.objects(),
+        bytes: garbage.bytes(),
+        bytes_later,
+        logs: garbage.logs.len() as u64,
+    }
+}

@@ -1,0 +1,254 @@
+//! What can go, and letting it go.
+
+use std::collections::{BTreeSet, HashSet};
+use std::time::Duration;
+
+use futures::{StreamExt, TryStreamExt};
+
+use crate::error::{Error, Kind, Result};
+use crate::model::{BackupId, Generation, PackId, Timestamp};
+use crate::repository::manifest::{BackupHead, BackupObjects};
+use crate::repository::{Repository, WalListing, layout};
+use crate::storage::Entry;
+use crate::wal::{SegmentName, WalFileName};
+
+use super::census::Census;
+use super::needs::Needs;
+use super::policy::{Plan, age_of_left_behind};
+use super::{Keep, Options};
+
+/// Objects deleted at once, and between two looks whether we are still the newest generation.
+const PARALLEL: usize = 16;
+const BATCH: usize = 500;
+
+/// A backup that began this long ago and has not ended is taken for dead.
+const BACKUP_MAX: Duration = Duration::from_secs(7 * 86_400);
+
+/// What nobody needs any more.
+#[derive(Debug, Default)]
+pub struct Garbage {
+    pub wal: Vec<Entry>,
+    /// Generations whose log is needed no more.
+    pub logs: Vec<Generation>,
+    pub packs: Vec<Entry>,
+    /// Of deleted backups whose grace is over, and of backups that died: in the order in which they must go.
+    pub of_backups: Vec<Entry>,
+}
+
+impl Garbage {
+    pub fn bytes(&self) -> u64 {
+        [&self.wal, &self.packs, &self.of_backups].into_iter().flatten().map(|entry| entry.size).sum()
+    }
+
+    pub fn objects(&self) -> u64 {
+        (self.wal.len() + self.packs.len() + self.of_backups.len()) as u64
+    }
+}
+
+/// Which backups' objects go: with this prune, and once the grace of all that is deleted is over.
+pub struct Over {
+    pub now: BTreeSet<BackupId>,
+    pub later: BTreeSet<BackupId>,
+}
+
+/// Finds what can go, and how many bytes more can once the grace is over. `now` is the store's clock.
+pub async fn find(
+    repository: &Repository,
+    census: &Census,
+    plan: &Plan,
+    options: &Options,
+    now: Timestamp,
+    over: &Over,
+) -> Result<(Garbage, u64)> {
+    let stays = |gone: &BTreeSet<BackupId>| -> Vec<&BackupHead> {
+        census.heads.iter().filter(|head| !gone.contains(&head.backup_id)).collect()
+    };
+    let needs_now = needs(census, plan, &stays(&over.now))?;
+    let mut garbage = Garbage { wal: wal(census, &needs_now, &options.keep, now)?, ..Garbage::default() };
+    if plan.points_from.is_some() {
+        garbage.logs = logs(repository, census, &needs_now, &options.keep, now).await?;
+    }
+    for (id, of) in &census.objects {
+        let has_died = of.manifest.is_none() && !is_under_way(census, *id, of, now);
+        if over.now.contains(id) || has_died {
+            garbage.of_backups.extend(in_order(of));
+        }
+    }
+    let sizes = |entries: &[Entry]| entries.iter().map(|entry| entry.size).sum::<u64>();
+    let packs = packs(repository, census, over, now, now.earlier_by(options.grace)).await?;
+    let wal_later = wal(census, &needs(census, plan, &stays(&over.later))?, &options.keep, now)?;
+    let of_later = census.objects.iter().filter(|(id, _)| over.later.contains(id) && !over.now.contains(id));
+    let of_later: u64 = of_later.map(|(_, of)| sizes(&in_order(of))).sum();
+    let later = of_later + packs.later + sizes(&wal_later).saturating_sub(sizes(&garbage.wal));
+    garbage.packs = packs.now;
+    Ok((garbage, later))
+}
+
+/// A tombstone goes last: while anything of a backup is there, it must not come back.
+fn in_order(of: &BackupObjects) -> Vec<Entry> {
+    let rest = of.pins.iter().chain(&of.begun).chain(&of.manifest).chain(&of.tombstone);
+    rest.cloned().collect()
+}
+
+fn is_under_way(census: &Census, id: BackupId, of: &BackupObjects, now: Timestamp) -> bool {
+    let begun = of.begun.as_ref().filter(|_| of.manifest.is_none() && of.tombstone.is_none());
+    id.generation == census.newest && begun.is_some_and(|begun| begun.modified >= now.earlier_by(BACKUP_MAX))
+}
+
+fn needs(census: &Census, plan: &Plan, needed: &[&BackupHead]) -> Result<Needs> {
+    let mut needs = Needs::default();
+    let Some(main) = &census.main else { return Ok(needs) };
+    let view = main.view()?;
+    if let Some(from) = plan.points_from {
+        needs.add_all_since(&view, from);
+    }
+    for head in needed {
+        let goes = !plan.verdicts.iter().any(|verdict| verdict.id == head.backup_id && verdict.stays());
+        match (census.main_coverage(head)?, census.left_behind.get(&head.backup_id)) {
+            // A restore from it may be under way, to any point.
+            (Some(_), _) if goes => needs.add_all_since(&view, head.start_lsn),
+            (Some(_), _) => needs.add_backup(&view, head),
+            (None, Some(branch)) => needs.add_all_since(&branch.view()?, head.start_lsn),
+            (None, None) => (),
+        }
+    }
+    Ok(needs)
+}
+
+/// Segments nobody needs. What lies on no way to the newest state goes by age alone.
+fn wal(census: &Census, needs: &Needs, keep: &Keep, now: Timestamp) -> Result<Vec<Entry>> {
+    let Some(main) = &census.main else { return Ok(Vec::new()) };
+    let view = main.view()?;
+    let size = view.segment_size();
+    let old = now.earlier_by(age_of_left_behind(keep));
+    let mut garbage = Vec::new();
+    for listing in &census.listed {
+        for entry in &listing.entries {
+            let segment = match layout::parse_wal_file(&entry.key) {
+                Some((_, WalFileName::Segment(name) | WalFileName::Partial(name) | WalFileName::Backup(name, _))) => {
+                    name
+                }
+                Some((_, WalFileName::History(_))) | None => continue,
+            };
+            let Some(number) = segment.number(size) else { continue };
+            let on_the_way = view.lineage.contains(listing.generation) && view.is_on_the_way(segment.timeline, number);
+            let needed = needs.has(listing.generation, segment.timeline, number);
+            if !needed && (on_the_way || entry.modified <= old) {
+                garbage.push(entry.clone());
+            }
+        }
+    }
+    Ok(garbage)
+}
+
+/// Logs of replaced writers that hold nothing needed that is not stored as whole segments too.
+async fn logs(
+    repository: &Repository,
+    census: &Census,
+    needs: &Needs,
+    keep: &Keep,
+    now: Timestamp,
+) -> Result<Vec<Generation>> {
+    let Some(main) = &census.main else { return Ok(Vec::new()) };
+    let view = main.view()?;
+    let size = view.segment_size();
+    let old = now.earlier_by(age_of_left_behind(keep));
+    let mut garbage = Vec::new();
+    for WalListing { generation, run, entries } in &census.listed {
+        let Some(run) = run.filter(|_| *generation != census.newest) else { continue };
+        let stored: HashSet<WalFileName> =
+            entries.iter().filter_map(|entry| layout::parse_wal_file(&entry.key)).map(|(_, name)| name).collect();
+        let has_more = |number: u64| {
+            needs.has(*generation, run.timeline, number)
+                && !stored.contains(&WalFileName::Segment(SegmentName::new(run.timeline, number, size)))
+        };
+        let mut numbers = size.number_at(run.start)..=size.number_before(run.end);
+        let on_the_way = view.lineage.contains(*generation)
+            && numbers.clone().all(|number| view.is_on_the_way(run.timeline, number));
+        if numbers.any(has_more) {
+            continue;
+        }
+        if on_the_way || repository.log_written_at(*generation).await?.is_none_or(|written| written <= old) {
+            garbage.push(*generation);
+        }
+    }
+    Ok(garbage)
+}
+
+struct DeadPacks {
+    now: Vec<Entry>,
+    /// Bytes of those that will be dead once the grace is over.
+    later: u64,
+}
+
+/// Packs that no backup names, and no backup under way can have put.
+async fn packs(
+    repository: &Repository,
+    census: &Census,
+    over: &Over,
+    now: Timestamp,
+    grace_over: Timestamp,
+) -> Result<DeadPacks> {
+    let under_way = census.objects.iter().filter(|(id, of)| is_under_way(census, **id, of, now));
+    let begun = under_way.filter_map(|(_, of)| of.begun.as_ref().map(|begun| begun.modified)).min();
+    let may_be_new = |entry: &Entry| entry.modified > grace_over || begun.is_some_and(|begun| entry.modified >= begun);
+    let (mut marked, mut marked_later): (BTreeSet<PackId>, BTreeSet<PackId>) = Default::default();
+    let needed = census.heads.iter().map(|head| head.backup_id).filter(|id| !over.now.contains(id));
+    let reads = needed.map(|id| async move { Ok::<_, Error>((id, repository.packs_of(id).await?)) });
+    let mut reads = futures::stream::iter(reads).buffer_unordered(PARALLEL);
+    while let Some((id, packs)) = reads.try_next().await? {
+        if !over.later.contains(&id) {
+            marked_later.extend(&packs);
+        }
+        marked.extend(packs);
+    }
+    let mut dead = DeadPacks { now: Vec::new(), later: 0 };
+    let mut listing = repository.store().list(layout::PACKS, None);
+    while let Some(entry) = listing.try_next().await? {
+        let Some(pack) = layout::parse_pack(&entry.key) else { continue };
+        match (marked.contains(&pack), marked_later.contains(&pack)) {
+            (false, _) if !may_be_new(&entry) => dead.now.push(entry),
+            (true, false) => dead.later += entry.size,
+            _ => (),
+        }
+    }
+    Ok(dead)
+}
+
+/// Deletes it. Whatever interrupts this, nothing needed is missing, and the next prune goes on.
+pub async fn delete(repository: &Repository, census: &Census, garbage: &Garbage) -> Result<()> {
+    for generation in &garbage.logs {
+        still_newest(repository, census.newest).await?;
+        repository.collect_whole_log(*generation).await?;
+    }
+    for entries in [&garbage.wal, &garbage.packs] {
+        for batch in entries.chunks(BATCH) {
+            still_newest(repository, census.newest).await?;
+            let deletes = batch.iter().map(|entry| repository.store().delete(&entry.key));
+            futures::stream::iter(deletes)
+                .buffer_unordered(PARALLEL)
+                .try_for_each(|()| std::future::ready(Ok(())))
+                .await?;
+        }
+    }
+    still_newest(repository, census.newest).await?;
+    for entry in &garbage.of_backups {
+        repository.store().delete(&entry.key).await?;
+    }
+    Ok(())
+}
+
+/// Only the newest generation deletes: another one may have decided otherwise since.
+pub async fn still_newest(repository: &Repository, newest: Generation) -> Result<()> {
+    match repository.newest_generation().await? {
+        Some(found) if found == newest => Ok(()),
+        found => Err(Error::new(
+            Kind::Fenced,
+            format!(
+                "generation {} was claimed while generation {newest} was deleting: nothing more is deleted",
+                found.map_or_else(String::new, |found| found.to_string())
+            ),
+        )
+        .hint("prune again: what is left over is found by the next one")),
+    }
+}

@@ -1,0 +1,130 @@
+//! Old backups go, and nothing that anybody was promised goes with them.
+
+use std::path::PathBuf;
+
+use crate::support::*;
+
+/// All objects but those of logs, which a server may write at any time.
+fn objects(bucket: &Bucket) -> Vec<PathBuf> {
+    let all = all_files(&bucket.path());
+    all.into_iter().filter(|path| !path.components().any(|part| part.as_os_str() == "log")).collect()
+}
+
+fn backup(machine: &Machine) -> String {
+    let done = machine.bucket.json(&["backup", "-D", machine.data_dir().to_str().expect("text")]);
+    done["backup"]["id"].as_str().expect("an id").to_owned()
+}
+
+fn backups(bucket: &Bucket) -> Vec<String> {
+    let list = bucket.json(&["list"]);
+    list["backups"].as_array().expect("a list").iter().map(|b| b["id"].as_str().expect("an id").to_owned()).collect()
+}
+
+/// A row, its WAL in the repository, and the position after it.
+fn point(machine: &Machine, n: u32) -> String {
+    machine.sql(&format!("CREATE TABLE IF NOT EXISTS t (n int); INSERT INTO t VALUES ({n})"));
+    let lsn = machine.sql("SELECT pg_current_wal_flush_lsn()");
+    machine.segment_stored();
+    lsn
+}
+
+/// The rows of a restore with more arguments.
+fn restored(scratch: &Scratch, name: &str, bucket: &Bucket, arguments: &[&str]) -> String {
+    let mut machine = Machine::new(scratch, name, bucket);
+    let data_dir = machine.data_dir();
+    bucket.must(&[&["restore", "-D", data_dir.to_str().expect("text")], arguments].concat());
+    machine.serve(&[]);
+    wait_until("it is up", || machine.try_sql("SELECT NOT pg_is_in_recovery()").is_ok_and(|answer| answer == "t"));
+    let rows = machine.sql("SELECT string_agg(n::text, ',' ORDER BY n) FROM t");
+    machine.kill();
+    rows
+}
+
+#[test]
+fn old_backups_and_their_wal_go_and_every_promised_point_stays() {
+    let scratch = Scratch::new();
+    let bucket = Bucket::directory(&scratch);
+    let mut machine = Machine::new(&scratch, "a", &bucket);
+    machine.start(&["--init", "--rpo=20ms"]).ready().with_backup();
+    let mut ids = backups(&bucket);
+    let mut points = Vec::new();
+    for n in 1..=4 {
+        if n == 3 {
+            machine.vanish();
+            machine.start(&["--rpo=20ms"]).ready();
+        }
+        points.push(point(&machine, n));
+        ids.push(backup(&machine));
+        points.push(point(&machine, n + 10));
+    }
+    bucket.must(&["pin", &ids[1], "--reason", "before the migration"]);
+    let before = objects(&bucket);
+
+    let dry = bucket.must(&["prune", "--keep-last=2", "--keep-points=0", "--prune-grace=0", "--dry-run"]);
+    assert!(dry.contains("before the migration") && dry.contains("GOES"), "{dry}");
+    assert_eq!(objects(&bucket), before, "a dry run changes nothing");
+    bucket.must_fail(&["prune"], 2);
+
+    let done = bucket.json(&["prune", "--keep-last=2", "--prune-grace=0"]);
+    assert_eq!(backups(&bucket), [&ids[1], &ids[3], &ids[4]].map(String::clone));
+    assert!(done["report"]["bytes"].as_u64().expect("bytes") > 1 << 20, "{done}");
+    assert!(objects(&bucket).len() < before.len());
+    // What a full look at everything says of it, and our reader of the format.
+    bucket.must(&["verify", "--full"]);
+    assert!(bucket.must(&["list"]).contains("WAL after it was pruned"), "{}", bucket.must(&["list"]));
+    assert_eq!(bucket.json(&["prune", "--keep-last=2", "--prune-grace=0"])["report"]["objects"], 0, "nothing is left");
+
+    machine.archived();
+    assert_eq!(restored(&scratch, "newest", &bucket, &[]), "1,2,3,4,11,12,13,14");
+    assert_eq!(restored(&scratch, "point", &bucket, &["--to-lsn", &points[6]]), "1,2,3,4,11,12,13");
+    assert_eq!(restored(&scratch, "pinned", &bucket, &["--backup", &ids[1], "--immediate"]), "1");
+    let gone = ["restore", "-D", "/tmp/nowhere", "--backup", &ids[2]];
+    assert!(bucket.must_fail(&gone, 66).contains(&ids[2]));
+
+    bucket.must(&["unpin", &ids[1]]);
+    bucket.must(&["prune", "--keep-last=1", "--prune-grace=0"]);
+    assert_eq!(backups(&bucket), [ids[4].clone()]);
+    bucket.must(&["verify", "--full"]);
+    assert_eq!(machine.stop(), 0);
+}
+
+#[test]
+fn a_deleted_backup_keeps_its_objects_for_whoever_is_reading_it() {
+    let scratch = Scratch::new();
+    let bucket = Bucket::s3();
+    let mut machine = Machine::new(&scratch, "a", &bucket);
+    machine.start(&["--init", "--rpo=20ms"]).ready().with_backup();
+    point(&machine, 1);
+    let old = backups(&bucket);
+    backup(&machine);
+    let first = bucket.json(&["prune", "--keep-last=1"]);
+    assert_eq!(backups(&bucket).len(), 1);
+    assert_eq!(first["report"]["objects"], 1, "the segment before the first backup, which nobody can read");
+    assert!(first["report"]["bytes_later"].as_u64().expect("bytes") > 1 << 20, "{first}");
+    bucket.must_fail(&["pin", &old[0], "--reason", "too late"], 66);
+    let second = bucket.json(&["prune", "--keep-last=1", "--prune-grace=0"]);
+    assert_eq!(second["report"]["bytes"], first["report"]["bytes_later"], "what was told before");
+    bucket.must(&["verify", "--full"]);
+}
+
+#[test]
+fn a_scheduled_prune_follows_the_machines_and_the_next_one_boots() {
+    let scratch = Scratch::new();
+    let bucket = Bucket::directory(&scratch);
+    let keep = ["--init", "--rpo=0", "--backup-every=1s", "--keep-last=1", "--prune-grace=0"];
+    for life in 1..=5 {
+        let mut machine = Machine::new(&scratch, &format!("m{life}"), &bucket);
+        machine.start(&keep).ready();
+        machine.wait_for("pruned:");
+        point(&machine, life);
+        machine.sql("SELECT pg_current_wal_lsn()");
+        machine.vanish();
+    }
+    let logs = |generation: u32| all_files(&bucket.path().join(format!("generations/{generation:08}/log"))).len();
+    assert_eq!(logs(1), 1, "of the first life's log its seal is left");
+    let mut last = Machine::new(&scratch, "last", &bucket);
+    last.start(&["--rpo=0"]).ready();
+    assert_eq!(last.sql("SELECT string_agg(n::text, ',' ORDER BY n) FROM t"), "1,2,3,4,5");
+    bucket.must(&["verify", "--full"]);
+    assert_eq!(last.stop(), 0);
+}
