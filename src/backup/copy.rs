@@ -10,17 +10,17 @@ use std::sync::Arc;
 use tokio::task::{JoinHandle, JoinSet};
 
 use super::UPLOADS;
-use super::region::{self, Job, Read};
+use super::parent::Parent;
+use super::region::{self, Content, Job, Known, Packed, Read};
 use crate::disk::UncachedFile;
 use crate::error::{Error, Result};
 use crate::events::{Event, Events};
 use crate::model::{BackupId, Lsn, PackId, WriteId};
-use crate::postgres::ControlFile;
-use crate::postgres::client::Server;
 use crate::postgres::control_file::{CONTROL_FILE, CONTROL_FILE_SIZE};
 use crate::postgres::data_dir::{FileItem, Walk};
+use crate::postgres::{ControlFile, Version};
 use crate::repository::Repository;
-use crate::repository::manifest::{DAMAGED_MAX, DamagedPage, FileEntry, REGION, Region};
+use crate::repository::manifest::{DAMAGED_MAX, DamagedPage, FileEntry, Patch, REGION, Region};
 use crate::repository::pack::{FrameRef, PackBuilder};
 
 /// Regions being read, compressed or waiting for their turn: two more than processors keep both disk and processors
@@ -42,8 +42,8 @@ pub struct Task<'a> {
     pub repository: &'a Repository,
     pub id: BackupId,
     pub start: Lsn,
-    pub server: &'a Server,
-    pub control: &'a ControlFile,
+    pub version: Version,
+    pub data_checksums: bool,
     pub data_dir: &'a Path,
 }
 
@@ -51,27 +51,23 @@ pub struct Task<'a> {
 #[derive(Debug, Default)]
 pub struct Copied {
     pub files: Vec<FileEntry>,
+    /// All that are needed: new ones, and those of the last backup that have what has not changed.
     pub packs: Vec<PackId>,
+    /// Bytes of the new ones.
     pub stored: u64,
     pub damaged: Vec<DamagedPage>,
     pub damaged_pages: u64,
 }
 
-pub async fn run(task: &Task<'_>, walk: &Walk, outside: &[FileItem], events: &Events) -> Result<Copied> {
+pub async fn run(
+    task: &Task<'_>,
+    walk: &Walk,
+    outside: &[FileItem],
+    parent: Option<Parent>,
+    events: &Events,
+) -> Result<Copied> {
     let total = walk.files().map(|file| file.size).sum();
-    let mut copy = Copy {
-        task,
-        events,
-        owners: HashMap::new(),
-        queue: VecDeque::new(),
-        in_flight: in_flight(),
-        copied: Copied::default(),
-        pack: None,
-        uploads: JoinSet::new(),
-        done: 0,
-        told: 0,
-        total,
-    };
+    let mut copy = Copy::new(task, parent, total, events);
     // The control file goes last: it must not be older than anything it describes.
     for file in walk.files().filter(|file| file.path != CONTROL_FILE) {
         copy.file(file, None).await?;
@@ -85,17 +81,59 @@ pub async fn run(task: &Task<'_>, walk: &Walk, outside: &[FileItem], events: &Ev
     copy.finish().await
 }
 
+/// Files alone, without a server.
+#[cfg(test)]
+pub async fn files_only(
+    task: &Task<'_>,
+    files: Vec<FileItem>,
+    parent: Option<Parent>,
+    events: &Events,
+) -> Result<Copied> {
+    let mut copy = Copy::new(task, parent, 0, events);
+    for file in &files {
+        copy.file(file, None).await?;
+    }
+    copy.drain(0).await?;
+    copy.finish().await
+}
+
+/// A small file, read, and its birth.
+type Small = (Read, Option<String>);
+
 /// Work handed out, in order: the first part of a file opens its entry, all parts add a region.
 enum Part {
-    /// A whole small file; `None` when it has vanished.
-    Whole(FileEntry, JoinHandle<Result<Option<Read>>>),
+    /// A whole small file and its birth; `None` when it has vanished.
+    Whole(FileEntry, JoinHandle<Result<Option<Small>>>),
     Opens(FileEntry),
     Region(JoinHandle<Result<Read>>),
+}
+
+/// A file as the last backup has it.
+struct Past {
+    entry: FileEntry,
+    /// Where that backup began, if the file's pages say when they were changed.
+    pages_since: Option<Lsn>,
+    /// With checksums every change of a page moves its position; without, hints are set behind its back.
+    exact: bool,
+}
+
+impl Past {
+    fn region(&self, number: u64, birth: Option<&str>) -> Option<Known> {
+        let same_file = birth.is_some() && birth == self.entry.birth.as_deref();
+        Some(Known {
+            region: self.entry.regions.get(usize::try_from(number).ok()?)?.clone(),
+            pages_since: self.pages_since,
+            may_patch: self.exact && same_file,
+        })
+    }
 }
 
 struct Copy<'a> {
     task: &'a Task<'a>,
     events: &'a Events,
+    parent: Option<Parent>,
+    /// The place of each pack in the list.
+    numbers: HashMap<PackId, u32>,
     owners: HashMap<u32, Option<String>>,
     queue: VecDeque<Part>,
     in_flight: usize,
@@ -107,7 +145,25 @@ struct Copy<'a> {
     total: u64,
 }
 
-impl Copy<'_> {
+impl<'a> Copy<'a> {
+    fn new(task: &'a Task<'a>, parent: Option<Parent>, total: u64, events: &'a Events) -> Copy<'a> {
+        Copy {
+            task,
+            events,
+            parent,
+            numbers: HashMap::new(),
+            owners: HashMap::new(),
+            queue: VecDeque::new(),
+            in_flight: in_flight(),
+            copied: Copied::default(),
+            pack: None,
+            uploads: JoinSet::new(),
+            done: 0,
+            told: 0,
+            total,
+        }
+    }
+
     async fn file(&mut self, file: &FileItem, outside: Option<String>) -> Result<()> {
         let entry = self.entry(file, outside);
         if file.size <= REGION {
@@ -118,11 +174,14 @@ impl Copy<'_> {
         let open = Arc::new(open);
         // It may have grown since the walk; what comes after this moment is in WAL.
         let size = open.size()?;
-        self.push(Part::Opens(FileEntry { size, ..entry })).await?;
+        let birth = open.birth().filter(|_| file.pages_have_lsn);
+        self.push(Part::Opens(FileEntry { size, birth: birth.clone(), ..entry })).await?;
+        let past = self.past(file);
         let mut offset = 0;
         while offset < size {
             let length = (size - offset).min(REGION) as usize;
-            let job = self.job(Arc::clone(&open), file, offset, length);
+            let known = past.as_ref().and_then(|past| past.region(offset / REGION, birth.as_deref()));
+            let job = self.job(Arc::clone(&open), file, offset, length, known);
             self.push(Part::Region(tokio::task::spawn_blocking(move || region::read(&job)))).await?;
             offset += length as u64;
         }
@@ -133,16 +192,29 @@ impl Copy<'_> {
         let source = file.source.clone();
         let (first_block, start, codec) =
             (self.checked_block(file), self.task.start, self.task.repository.descriptor().codec);
+        let (past, has_birth) = (self.past(file), file.pages_have_lsn);
         let work = move || {
             let Some(open) = UncachedFile::open(&source)? else { return Ok(None) };
             let length = open.size()?.min(REGION) as usize;
-            let job = Job { file: Arc::new(open), offset: 0, length, first_block, start, codec };
-            region::read(&job).map(Some)
+            let birth = open.birth().filter(|_| has_birth);
+            let known = past.and_then(|past| past.region(0, birth.as_deref()));
+            let job = Job { file: Arc::new(open), offset: 0, length, first_block, start, codec, known };
+            Ok(Some((region::read(&job)?, birth)))
         };
         self.push(Part::Whole(entry, tokio::task::spawn_blocking(work))).await
     }
 
-    fn job(&self, open: Arc<UncachedFile>, file: &FileItem, offset: u64, length: usize) -> Job {
+    /// The file as the last backup has it.
+    fn past(&self, file: &FileItem) -> Option<Past> {
+        let parent = self.parent.as_ref()?;
+        Some(Past {
+            entry: parent.file(&file.path)?.clone(),
+            pages_since: file.pages_have_lsn.then_some(parent.start),
+            exact: self.task.data_checksums,
+        })
+    }
+
+    fn job(&self, open: Arc<UncachedFile>, file: &FileItem, offset: u64, length: usize, known: Option<Known>) -> Job {
         let first_block = self.checked_block(file).map(|block| block + (offset / 8192) as u32);
         Job {
             file: open,
@@ -151,11 +223,12 @@ impl Copy<'_> {
             first_block,
             start: self.task.start,
             codec: self.task.repository.descriptor().codec,
+            known,
         }
     }
 
     fn checked_block(&self, file: &FileItem) -> Option<u32> {
-        file.first_block.filter(|_| self.task.control.data_checksums)
+        file.first_block.filter(|_| self.task.data_checksums)
     }
 
     fn entry(&mut self, file: &FileItem, outside: Option<String>) -> FileEntry {
@@ -173,6 +246,7 @@ impl Copy<'_> {
             size: file.size,
             mtime: file.mtime,
             outside,
+            birth: None,
             regions: Vec::new(),
         }
     }
@@ -193,8 +267,8 @@ impl Copy<'_> {
                     self.take(read).await?;
                 }
                 Part::Whole(entry, read) => {
-                    if let Some(read) = joined(read).await? {
-                        self.copied.files.push(FileEntry { size: u64::from(read.plain), ..entry });
+                    if let Some((read, birth)) = joined(read).await? {
+                        self.copied.files.push(FileEntry { size: u64::from(read.plain), birth, ..entry });
                         self.take(read).await?;
                     }
                 }
@@ -213,9 +287,17 @@ impl Copy<'_> {
         if read.plain == 0 {
             return Ok(());
         }
-        let frame = self.add_to_pack(&read).await?;
+        let region = match read.content {
+            Content::Same(region) => self.adopt(region)?,
+            Content::Whole(packed) => Region::whole(self.add_to_pack(packed).await?, read.plain, read.crc),
+            Content::Patch(region, packed, pages) => {
+                let mut region = self.adopt(region)?;
+                region.patches.push(Patch { frame: self.add_to_pack(packed).await?, pages });
+                Region { crc: read.crc, ..region }
+            }
+        };
         let Some(file) = self.copied.files.last_mut() else { return Err(Error::internal("a region without a file")) };
-        file.regions.push(Region { frame, plain: read.plain, crc: read.crc });
+        file.regions.push(region);
         self.copied.damaged_pages += read.damaged.len() as u64;
         let room = DAMAGED_MAX.saturating_sub(self.copied.damaged.len());
         let named = read.damaged.iter().take(room).map(|block| DamagedPage { file: file.path.clone(), block: *block });
@@ -223,19 +305,38 @@ impl Copy<'_> {
         Ok(())
     }
 
-    async fn add_to_pack(&mut self, read: &Read) -> Result<FrameRef> {
+    /// A region of the last backup, its packs numbered as ours are.
+    fn adopt(&mut self, mut region: Region) -> Result<Region> {
+        let frames = std::iter::once(&mut region.frame).chain(region.patches.iter_mut().map(|patch| &mut patch.frame));
+        for frame in frames {
+            let pack = self.parent.as_ref().and_then(|parent| parent.packs.get(frame.pack as usize)).copied();
+            let Some(pack) = pack else { return Err(Error::internal("a region of the last backup without a pack")) };
+            let next = self.copied.packs.len() as u32;
+            frame.pack = *self.numbers.entry(pack).or_insert(next);
+            if frame.pack == next {
+                self.copied.packs.push(pack);
+            }
+        }
+        Ok(region)
+    }
+
+    async fn add_to_pack(&mut self, packed: Packed) -> Result<FrameRef> {
         let mut pack = match self.pack.take() {
             Some(pack) => pack,
             None => {
                 let clock = self.task.repository.clock();
                 let pack = PackBuilder::new(PackId(clock.random()), WriteId(clock.random()), self.task.id)?;
+                self.numbers.insert(pack.id, self.copied.packs.len() as u32);
                 self.copied.packs.push(pack.id);
                 pack
             }
         };
-        let number = (self.copied.packs.len() - 1) as u32;
-        let offset = pack.add(read.frame.clone(), read.sha256);
-        let frame = FrameRef { pack: number, offset, stored: read.frame.len() as u32, sha256: read.sha256 };
+        let Some(number) = self.numbers.get(&pack.id).copied() else {
+            return Err(Error::internal("a pack without a number"));
+        };
+        let (stored, sha256) = (packed.frame.len() as u32, packed.sha256);
+        let offset = pack.add(packed.frame, sha256);
+        let frame = FrameRef { pack: number, offset, stored, sha256 };
         if pack.is_full() {
             self.upload(pack).await?;
         } else {
@@ -264,7 +365,7 @@ impl Copy<'_> {
     }
 
     async fn control_file(&mut self, file: &FileItem) -> Result<()> {
-        let version = self.task.server.version;
+        let version = self.task.version;
         let mut outcome = Err(Error::internal("the control file was not read"));
         for _ in 0..CONTROL_READS {
             let bytes = std::fs::read(&file.source)
@@ -279,7 +380,7 @@ impl Copy<'_> {
             self.task.repository.clock().sleep(std::time::Duration::from_millis(20)).await;
         }
         let bytes = outcome.map_err(|e| e.context(self.task.data_dir.display()))?;
-        let read = region::compress(&bytes, self.task.repository.descriptor().codec, Vec::new())?;
+        let read = region::pack(&bytes, self.task.repository.descriptor().codec, None, Vec::new())?;
         let entry = self.entry(file, None);
         self.copied.files.push(FileEntry { size: bytes.len() as u64, ..entry });
         self.take(read).await

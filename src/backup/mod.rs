@@ -5,6 +5,9 @@
 //! nothing visible.
 
 mod copy;
+mod parent;
+#[cfg(test)]
+mod random_histories;
 mod region;
 mod wait;
 
@@ -14,7 +17,7 @@ use std::time::Duration;
 use crate::disk;
 use crate::error::{Error, IoContext, Kind, Result};
 use crate::events::{Event, Events, Level};
-use crate::model::{BackupId, Generation, Lsn, WriteId};
+use crate::model::{BackupId, Generation, Lsn, PackId, WriteId};
 use crate::postgres::client::{Server, Stopped, same_directory};
 use crate::postgres::data_dir::{self, FileItem, Item, Walk};
 use crate::postgres::{Client, ConnectOptions, ControlFile};
@@ -23,6 +26,7 @@ use crate::repository::codec::Sha256;
 use crate::repository::manifest::{BackupHead, Directory, Line, Link, ManifestWriter, REGION, Tablespace};
 
 use copy::Copied;
+use parent::{Descent, Parent};
 
 /// Packs on their way at once. Memory budget of a backup, under 128 MB: one pack being filled and these, 48 MB, and up
 /// to [`copy::IN_FLIGHT_MAX`] threads with 5 MB each.
@@ -38,6 +42,8 @@ pub struct Options {
     pub fast: bool,
     /// Fail on a page whose checksum does not hold, instead of reporting it.
     pub fail_on_damage: bool,
+    /// Store everything anew instead of building on the last backup.
+    pub full: bool,
     /// How long to wait for the backup's WAL to reach the repository.
     pub wal_timeout: Duration,
 }
@@ -76,8 +82,12 @@ pub async fn run(repository: &Repository, options: &Options, events: &Events) ->
     let walk = data_dir::walk(&options.data_dir, server.version, control.catalog_version)?;
     announce(events, id, start, &walk);
     repository.backup_begins(id).await?;
-    let task = copy::Task { repository, id, start, server: &server, control: &control, data_dir: &options.data_dir };
-    let copied = copy::run(&task, &walk, &outside, events).await?;
+    let (version, data_checksums) = (server.version, control.data_checksums);
+    let task = copy::Task { repository, id, start, version, data_checksums, data_dir: &options.data_dir };
+    let descent = Descent { generation: id.generation, timeline: control.timeline, system_id: control.system_id };
+    let parent = if options.full { None } else { find_parent(repository, descent, events).await? };
+    let parent_id = parent.as_ref().map(|parent| parent.id);
+    let copied = copy::run(&task, &walk, &outside, parent, events).await?;
     let stopped = client.stop_backup(server.version).await?;
     // The session must live until the stop: a backup ends with the session that began it.
     drop(client);
@@ -92,10 +102,39 @@ pub async fn run(repository: &Repository, options: &Options, events: &Events) ->
         system_id: server.system_id,
     };
     wait::for_wal(repository, &needed, options.wal_timeout, events).await?;
-    let head = commit(repository, &task, &walk, copied, (started_at, stopped)).await?;
+    let head =
+        commit(repository, &task, (&server, &control), &walk, (copied, parent_id), (started_at, stopped)).await?;
     let elapsed = repository.clock().monotonic() - began;
     events.emit(Event::BackupDone { id, read: head.bytes, stored: head.stored, elapsed });
     Ok(Done { head, elapsed })
+}
+
+/// A last backup that cannot be read must not stand in the way of a new one.
+async fn find_parent(repository: &Repository, descent: Descent, events: &Events) -> Result<Option<Parent>> {
+    match Parent::find(repository, descent).await {
+        Err(error) if error.kind() == Kind::Damaged => {
+            events.warning(format!("the last backup cannot be built on, everything is stored anew: {error}"));
+            Ok(None)
+        }
+        found => found,
+    }
+}
+
+/// What was built on must not have been deleted meanwhile: from here on our manifest keeps it.
+async fn still_there(repository: &Repository, parent: Option<BackupId>, packs: &[PackId]) -> Result<()> {
+    let lost = |what: String| {
+        Err(Error::refused(format!("{what} was deleted while the backup was under way")).hint("take it again"))
+    };
+    if let Some(id) = parent
+        && !repository.backup_ids().await?.contains(&id)
+    {
+        return lost(format!("backup {id}, on which this one builds,"));
+    }
+    let there = repository.pack_ids().await?;
+    match packs.iter().find(|pack| !there.contains(pack)) {
+        Some(pack) => lost(format!("pack {pack}")),
+        None => Ok(()),
+    }
 }
 
 fn check(server: &Server, options: &Options) -> Result<()> {
@@ -148,6 +187,7 @@ async fn outside_files(client: &Client, data_dir: &Path) -> Result<Vec<FileItem>
                 size: metadata.len(),
                 mtime: metadata.mtime(),
                 first_block: None,
+                pages_have_lsn: false,
             });
         }
     }
@@ -174,8 +214,9 @@ fn report_damage(copied: &Copied, options: &Options, events: &Events) -> Result<
 async fn commit(
     repository: &Repository,
     task: &copy::Task<'_>,
+    (server, control): (&Server, &ControlFile),
     walk: &Walk,
-    copied: Copied,
+    (copied, parent): (Copied, Option<BackupId>),
     (started_at, stopped): (crate::model::Timestamp, Stopped),
 ) -> Result<BackupHead> {
     let mut writer = ManifestWriter::new(repository.descriptor().codec);
@@ -204,19 +245,19 @@ async fn commit(
         write_id: WriteId(repository.clock().random()),
         backup_id: task.id,
         repository_id: repository.descriptor().repository_id,
-        system_id: task.control.system_id,
+        system_id: control.system_id,
         generation: task.id.generation,
-        timeline: task.control.timeline,
-        pg_major: task.server.version.major,
-        pg_version: task.server.version_text.clone(),
-        segment_size: task.control.segment_size,
+        timeline: control.timeline,
+        pg_major: server.version.major,
+        pg_version: server.version_text.clone(),
+        segment_size: control.segment_size,
         region_size: REGION,
         start_lsn: task.start,
         stop_lsn: stopped.lsn,
         started_at,
         stopped_at: stopped.at,
         next_xid: stopped.next_xid,
-        data_checksums: task.control.data_checksums,
+        data_checksums: control.data_checksums,
         backup_label: stopped.backup_label,
         tablespace_map: stopped.tablespace_map,
         tablespaces,
@@ -224,6 +265,7 @@ async fn commit(
         bytes,
         stored: copied.stored,
         packs: copied.packs.len() as u64,
+        parent,
         damaged: copied.damaged,
         damaged_pages: copied.damaged_pages,
         frames: Vec::new(),
@@ -231,6 +273,7 @@ async fn commit(
     };
     let body = writer.finish(head)?;
     check_newest(repository, task.id.generation).await?;
+    still_there(repository, parent, &copied.packs).await?;
     repository.put_manifest(task.id, &body).await?;
     // Left behind it does no harm: the backup exists.
     let _ = repository.backup_ended(task.id).await;

@@ -1,4 +1,5 @@
-//! One region of one file: read, look at its pages, compress. Runs on a blocking thread.
+//! One region of one file: read, look at its pages, compare with what the last backup has, compress what is new. Runs on
+//! a blocking thread.
 
 use std::cell::RefCell;
 use std::sync::Arc;
@@ -9,11 +10,16 @@ use crate::disk::UncachedFile;
 use crate::error::Result;
 use crate::model::Lsn;
 use crate::postgres::page::{self, PAGE};
-use crate::repository::Codec;
 use crate::repository::codec::Sha256;
+use crate::repository::{Codec, Pages, Region};
 
 /// A page that fails its checksum is read again this many times: the server may be writing it right now.
 const REREADS: u32 = 5;
+
+/// A region is stored anew once its patches would be more than this many, or hold more than this many pages: a quarter.
+/// So a restore reads a quarter more than after a full backup, at most, whatever came before.
+const PATCHES_MAX: usize = 8;
+const PATCHED_PAGES_MAX: u32 = 32;
 
 /// What to read and how to look at it.
 #[derive(Debug, Clone)]
@@ -27,17 +33,50 @@ pub struct Job {
     /// Pages changed since this position may be torn: WAL writes them whole.
     pub start: Lsn,
     pub codec: Codec,
+    pub known: Option<Known>,
+}
+
+/// The region as the last backup has it, and what may be concluded from that.
+#[derive(Debug, Clone)]
+pub struct Known {
+    pub region: Region,
+    /// Its pages tell when they were changed last; that backup began here.
+    pub pages_since: Option<Lsn>,
+    /// The file is the same one as then, and pages change with their position only: those with an older one are as they
+    /// were. Without this a path may have been used again, by a file whose pages are older than the last backup.
+    pub may_patch: bool,
 }
 
 /// A region ready to be packed.
 #[derive(Debug)]
 pub struct Read {
-    pub frame: Bytes,
-    pub sha256: Sha256,
+    pub content: Content,
     pub plain: u32,
     pub crc: u32,
     /// Blocks whose checksum does not hold.
     pub damaged: Vec<u32>,
+}
+
+#[derive(Debug)]
+pub enum Content {
+    /// As the last backup has it.
+    Same(Region),
+    Whole(Packed),
+    /// These pages over what the last backup has.
+    Patch(Region, Packed, Pages),
+}
+
+#[derive(Debug)]
+pub struct Packed {
+    pub frame: Bytes,
+    pub sha256: Sha256,
+}
+
+impl Packed {
+    fn of(plain: &[u8], codec: Codec) -> Result<Packed> {
+        let frame = codec.compress(plain)?;
+        Ok(Packed { sha256: Sha256::of(&frame), frame: Bytes::from(frame) })
+    }
 }
 
 pub fn read(job: &Job) -> Result<Read> {
@@ -54,20 +93,48 @@ pub fn read(job: &Job) -> Result<Read> {
             Some(first_block) => check_pages(job, first_block, &mut buffer[..filled])?,
             None => Vec::new(),
         };
-        compress(&buffer, job.codec, damaged)
+        pack(&buffer, job.codec, job.known.as_ref(), damaged)
     })
 }
 
-/// Packs bytes that are already in memory.
-pub fn compress(plain: &[u8], codec: Codec, damaged: Vec<u32>) -> Result<Read> {
-    let frame = codec.compress(plain)?;
-    Ok(Read {
-        sha256: Sha256::of(&frame),
-        frame: Bytes::from(frame),
-        plain: plain.len() as u32,
-        crc: crc32c::crc32c(plain),
-        damaged,
-    })
+/// Packs bytes that are in memory, or finds that the last backup has them.
+pub fn pack(plain: &[u8], codec: Codec, known: Option<&Known>, damaged: Vec<u32>) -> Result<Read> {
+    let crc = crc32c::crc32c(plain);
+    let content = match known.filter(|known| known.region.plain as usize == plain.len()) {
+        Some(known) => compare(plain, crc, codec, known)?,
+        None => Content::Whole(Packed::of(plain, codec)?),
+    };
+    Ok(Read { content, plain: plain.len() as u32, crc, damaged })
+}
+
+fn compare(plain: &[u8], crc: u32, codec: Codec, known: &Known) -> Result<Content> {
+    let (pages, rest) = plain.as_chunks::<PAGE>();
+    let Some(since) = known.pages_since.filter(|_| rest.is_empty()) else {
+        // Nothing in it says when it changed: only the same bytes are the same.
+        let packed = Packed::of(plain, codec)?;
+        let same = known.region.patches.is_empty() && packed.sha256 == known.region.frame.sha256;
+        return Ok(if same { Content::Same(known.region.clone()) } else { Content::Whole(packed) });
+    };
+    let (mut changed, mut unknown) = (Pages::default(), Pages::default());
+    for (number, page) in (0u32..).zip(pages) {
+        match page::lsn(page) {
+            // Never written, or zeroed: nothing says since when.
+            Lsn(0) => unknown.add(number),
+            lsn if lsn >= since => changed.add(number),
+            _ => (),
+        }
+    }
+    if changed.is_empty() && crc == known.region.crc {
+        return Ok(Content::Same(known.region.clone()));
+    }
+    let changed = changed.with(unknown);
+    let patched: u32 = known.region.patches.iter().map(|patch| patch.pages.count()).sum();
+    let fits = known.region.patches.len() < PATCHES_MAX && patched + changed.count() <= PATCHED_PAGES_MAX;
+    if !(known.may_patch && fits && !changed.is_empty()) {
+        return Ok(Content::Whole(Packed::of(plain, codec)?));
+    }
+    let content: Vec<u8> = changed.iter().flat_map(|number| pages[number as usize]).collect();
+    Ok(Content::Patch(known.region.clone(), Packed::of(&content, codec)?, changed))
 }
 
 fn check_pages(job: &Job, first_block: u32, bytes: &mut [u8]) -> Result<Vec<u32>> {
@@ -82,7 +149,6 @@ fn check_pages(job: &Job, first_block: u32, bytes: &mut [u8]) -> Result<Vec<u32>
     }
     Ok(damaged)
 }
-
 /// A page is sound when its checksum holds, or when it was changed after the backup began.
 fn is_sound(page: &[u8; PAGE], block: u32, start: Lsn) -> bool {
     page::is_intact(page, block) || page::lsn(page) >= start

@@ -208,6 +208,9 @@ pub struct Backup {
     /// Data directory of the running server; the connection comes from PGHOST, PGPORT, PGUSER … or is found there
     #[arg(short = 'D', long = "pgdata", value_name = "DIR", env = "PGDATA", hide_env_values = true)]
     pub data_dir: Option<PathBuf>,
+    /// Store everything anew, instead of only what has changed since the last backup
+    #[arg(long)]
+    pub full: bool,
     /// Spread the first checkpoint instead of hurrying it
     #[arg(long)]
     pub spread_checkpoint: bool,

@@ -37,6 +37,15 @@ impl UncachedFile {
         Ok(self.file.metadata().on("stat", &self.path)?.len())
     }
 
+    /// Which file this is on its disk: inode and time of birth. `None` where the file system does not tell.
+    pub fn birth(&self) -> Option<String> {
+        let wanted = rustix::fs::StatxFlags::INO | rustix::fs::StatxFlags::BTIME;
+        let told = rustix::fs::statx(&self.file, "", rustix::fs::AtFlags::EMPTY_PATH, wanted).ok()?;
+        let has_birth = rustix::fs::StatxFlags::from_bits_retain(told.stx_mask).contains(wanted);
+        let nanos = i128::from(told.stx_btime.tv_sec) * 1_000_000_000 + i128::from(told.stx_btime.tv_nsec);
+        has_birth.then(|| format!("{}-{nanos}", told.stx_ino))
+    }
+
     /// Fills `buffer` from `offset`; returns fewer bytes only at the end of the file.
     pub fn read_at(&self, buffer: &mut [u8], offset: u64) -> Result<usize> {
         let mut filled = 0;

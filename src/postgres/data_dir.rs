@@ -61,6 +61,9 @@ pub struct FileItem {
     pub mtime: i64,
     /// Block number of the file's first page, for files made of checksummed pages.
     pub first_block: Option<u32>,
+    /// Whether each page begins with the position of its last change: the main fork of a relation. The maps of free space
+    /// and visibility are changed without it.
+    pub pages_have_lsn: bool,
 }
 
 /// A tablespace of the directory.
@@ -200,6 +203,8 @@ impl Walker<'_> {
             size: metadata.len(),
             mtime: metadata.mtime(),
             first_block: first_block(path),
+            pages_have_lsn: first_block(path).is_some()
+                && !path.rsplit('/').next().is_some_and(|name| name.contains('_')),
         }));
     }
 }

@@ -13,17 +13,15 @@ use serde::{Deserialize, Serialize};
 
 use super::codec::{Codec, Sha256, decompress};
 use super::layout::OfBackup;
-use super::pack::FrameRef;
 use super::{Repository, envelope, layout};
 use crate::error::{Error, Kind, Result};
 use crate::model::{BackupId, Generation, Lsn, PackId, RepositoryId, SystemId, Timeline, Timestamp, WriteId};
 use crate::storage::{Body, Created, Entry};
 use crate::wal::SegmentSize;
 
-const FORMAT: &str = "perennial/backup/1";
+pub use super::region::{Pages, Patch, REGION, Region};
 
-/// Data files are cut in regions of this many bytes.
-pub const REGION: u64 = 1 << 20;
+const FORMAT: &str = "perennial/backup/1";
 
 /// Lines are gathered to about this many bytes before they become a frame.
 const LINES_FRAME: usize = 1 << 20;
@@ -64,10 +62,13 @@ pub struct BackupHead {
     pub tablespace_map: Option<String>,
     pub tablespaces: Vec<Tablespace>,
     pub files: u64,
-    /// Bytes of all files, and what they take in packs.
+    /// Bytes of all files, bytes of the packs that this backup has put itself, and how many packs it needs.
     pub bytes: u64,
     pub stored: u64,
     pub packs: u64,
+    /// The backup it was compared with, whose packs it needs too. It stands without it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub parent: Option<BackupId>,
     /// Pages whose checksum did not hold, at most [`DAMAGED_MAX`] of them, and how many in all.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub damaged: Vec<DamagedPage>,
@@ -135,33 +136,11 @@ pub struct FileEntry {
     /// For a configuration file from outside the data directory: where it was.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub outside: Option<String>,
+    /// For files of pages: which file it was on its disk, as inode and time of birth in nanoseconds. The same path may be
+    /// another file later.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub birth: Option<String>,
     pub regions: Vec<Region>,
-}
-
-/// A region: `[pack, offset, stored, plain, crc32c, sha256]`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(from = "RegionTuple", into = "RegionTuple")]
-pub struct Region {
-    pub frame: FrameRef,
-    /// Bytes of the file in this region.
-    pub plain: u32,
-    /// CRC-32C of these bytes.
-    pub crc: u32,
-}
-
-type RegionTuple = (u32, u64, u32, u32, u32, Sha256);
-
-impl From<RegionTuple> for Region {
-    fn from((pack, offset, stored, plain, crc, sha256): RegionTuple) -> Region {
-        Region { frame: FrameRef { pack, offset, stored, sha256 }, plain, crc }
-    }
-}
-
-impl From<Region> for RegionTuple {
-    fn from(region: Region) -> RegionTuple {
-        let frame = region.frame;
-        (frame.pack, frame.offset, frame.stored, region.plain, region.crc, frame.sha256)
-    }
 }
 
 impl FileEntry {
@@ -395,12 +374,9 @@ mod tests {
     #[test]
     fn the_checksum_of_a_file_is_that_of_its_joined_regions() {
         let content: Vec<u8> = (0..2_500_000u32).map(|n| (n % 251) as u8).collect();
-        let frame = FrameRef { pack: 0, offset: 0, stored: 0, sha256: Sha256::of(b"") };
-        let regions = content.chunks(REGION as usize).map(|part| Region {
-            frame,
-            plain: part.len() as u32,
-            crc: crc32c::crc32c(part),
-        });
+        let frame = crate::repository::pack::FrameRef { pack: 0, offset: 0, stored: 0, sha256: Sha256::of(b"") };
+        let whole = |part: &[u8]| Region::whole(frame, part.len() as u32, crc32c::crc32c(part));
+        let regions = content.chunks(REGION as usize).map(whole);
         let mut file = FileEntry {
             path: "base/1/1".into(),
             mode: 0o600,
@@ -408,6 +384,7 @@ mod tests {
             size: content.len() as u64,
             mtime: 0,
             outside: None,
+            birth: None,
             regions: regions.collect(),
         };
         assert_eq!(file.crc32c(), crc32c::crc32c(&content));

@@ -3,7 +3,10 @@
 //! Head, frames, then an index of the frames in a skippable frame of its own, so that a pack can be read without any
 //! manifest and `zstd -t` accepts it. Restores find frames through the manifest and check each by its SHA-256.
 
+use std::collections::BTreeSet;
+
 use bytes::Bytes;
+use futures::TryStreamExt;
 use serde::{Deserialize, Serialize};
 
 use super::codec::Sha256;
@@ -93,6 +96,12 @@ impl Repository {
                 self.url(&key)
             ))),
         }
+    }
+
+    /// The packs there are.
+    pub async fn pack_ids(&self) -> Result<BTreeSet<PackId>> {
+        let listing = self.store.list(layout::PACKS, None);
+        listing.try_filter_map(|entry| std::future::ready(Ok(layout::parse_pack(&entry.key)))).try_collect().await
     }
 
     /// A range of a pack that a manifest names.

@@ -250,6 +250,7 @@ mod tests {
             bytes: 0,
             stored: 0,
             packs: 0,
+            parent: None,
             damaged: Vec::new(),
             damaged_pages: 0,
             frames: Vec::new(),

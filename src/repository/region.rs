@@ -96,13 +96,15 @@ impl Region {
         let all = Pages::first(pages);
         let whole = self.plain as usize == pages as usize * PAGE && pages <= u128::BITS;
         self.patches.is_empty()
-            || (whole && self.patches.iter().all(|patch| patch.pages.without(all).is_empty() && !patch.pages.is_empty()))
+            || (whole
+                && self.patches.iter().all(|patch| patch.pages.without(all).is_empty() && !patch.pages.is_empty()))
     }
 
     /// Which pages each frame supplies in the end, the whole one first.
     pub fn supplies(&self) -> Vec<(FrameRef, Pages, Pages)> {
         let all = Pages::first(self.plain / PAGE as u32);
-        let layers = std::iter::once((self.frame, all)).chain(self.patches.iter().map(|patch| (patch.frame, patch.pages)));
+        let layers =
+            std::iter::once((self.frame, all)).chain(self.patches.iter().map(|patch| (patch.frame, patch.pages)));
         let mut covered = Pages::default();
         let mut supplies: Vec<_> = layers
             .collect::<Vec<_>>()
@@ -163,7 +165,8 @@ impl<'de> Visitor<'de> for RegionVisitor {
         let (plain, crc, sha256) = (next(&mut list)?, next(&mut list)?, next(&mut list)?);
         let patches: Option<Vec<PatchTuple>> = list.next_element()?;
         let patches = patches.unwrap_or_default().into_iter().map(|(pack, offset, stored, sha256, pages)| {
-            let bits = u128::from_str_radix(&pages, 16).map_err(|_| de::Error::custom("pages of a patch are no number"))?;
+            let bits =
+                u128::from_str_radix(&pages, 16).map_err(|_| de::Error::custom("pages of a patch are no number"))?;
             Ok(Patch { frame: FrameRef { pack, offset, stored, sha256 }, pages: Pages(bits) })
         });
         let patches = patches.collect::<Result<_, A::Error>>()?;

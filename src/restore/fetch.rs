@@ -5,7 +5,7 @@ use std::fs::{File, OpenOptions};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use bytes::Bytes;
 use futures::StreamExt;
@@ -16,8 +16,10 @@ use crate::error::{Error, IoContext, Result};
 use crate::events::{Event, Events};
 use crate::model::{BackupId, PackId};
 use crate::postgres::control_file::CONTROL_FILE;
+use crate::postgres::page::PAGE;
 use crate::repository::codec::{Sha256, decompress_to};
-use crate::repository::manifest::{Directory, FileEntry, Line, Region};
+use crate::repository::manifest::{Directory, FileEntry, Line, Pages, Region};
+use crate::repository::pack::FrameRef;
 use crate::repository::{Repository, layout};
 
 /// Requests at once, and how much each asks for at most. The memory budget of a restore is twice their product and a
@@ -66,8 +68,12 @@ impl Contents {
             if size != file.size {
                 return Err(wrong(format!("the regions of {} hold {size} of {} bytes", file.path, file.size)));
             }
-            if file.regions.iter().any(|region| region.frame.pack as usize >= self.packs.len()) {
+            let frames = file.regions.iter().flat_map(Region::frames);
+            if frames.into_iter().any(|frame| frame.pack as usize >= self.packs.len()) {
                 return Err(wrong(format!("{} names a pack that is not listed", file.path)));
+            }
+            if !file.regions.iter().all(Region::is_sound) {
+                return Err(wrong(format!("a patch of {} replaces what is not there", file.path)));
             }
         }
         Ok(())
@@ -78,8 +84,57 @@ impl Contents {
 #[derive(Debug, Clone, Copy)]
 struct Piece {
     file: usize,
+    /// Of the region in the file.
     offset: u64,
-    region: Region,
+    frame: FrameRef,
+    part: Part,
+}
+
+/// What a frame holds of its region.
+#[derive(Debug, Clone, Copy)]
+enum Part {
+    /// All of it: so many bytes with this CRC-32C.
+    Whole { plain: u32, crc: u32 },
+    /// These pages, of which later frames have some too.
+    Pages { held: Pages, wanted: Pages, sum: usize },
+}
+
+impl Part {
+    fn plain(self) -> usize {
+        match self {
+            Part::Whole { plain, .. } => plain as usize,
+            Part::Pages { held, .. } => held.count() as usize * PAGE,
+        }
+    }
+}
+
+/// CRC-32C of a region that several frames make up, in whatever order they come: CRCs of parts, each moved to its place,
+/// add up to that of the whole.
+#[derive(Debug)]
+struct Sum {
+    expected: u32,
+    plain: u32,
+    so_far: AtomicU32,
+    frames_left: AtomicU32,
+}
+
+impl Sum {
+    fn add(&self, at: usize, bytes: &[u8]) {
+        let behind = self.plain as usize - at - bytes.len();
+        self.so_far.fetch_xor(crc32c::crc32c_combine(crc32c::crc32c(bytes), 0, behind), Ordering::Relaxed);
+    }
+
+    /// Whether the region is right, once its last frame is there.
+    fn frame_is_done(&self) -> bool {
+        self.frames_left.fetch_sub(1, Ordering::AcqRel) > 1 || self.so_far.load(Ordering::Acquire) == self.expected
+    }
+}
+
+/// All that is to be fetched.
+#[derive(Debug)]
+pub(super) struct Fetch {
+    pub ranges: Vec<Range>,
+    sums: Arc<Vec<Sum>>,
 }
 
 /// Frames of one pack that are fetched with one request.
@@ -105,9 +160,13 @@ pub async fn write_files(repository: &Repository, contents: &Contents, data_dir:
     let total: u64 = contents.files.iter().map(|file| file.size).sum();
     let progress = Arc::new(Progress { total, done: AtomicU64::new(0), events: events.clone() });
     let paths = Arc::new(paths);
-    let work: Vec<_> = ranges(contents)
+    let Fetch { ranges, sums } = plan(contents);
+    let work: Vec<_> = ranges
         .into_iter()
-        .map(|range| fetch_range(repository.clone(), range, Arc::clone(&paths), Arc::clone(&progress)))
+        .map(|range| {
+            let into = Into { paths: Arc::clone(&paths), progress: Arc::clone(&progress) };
+            fetch_range(repository.clone(), range, Arc::clone(&sums), Some(into))
+        })
         .collect();
     let mut work = futures::stream::iter(work).buffer_unordered(REQUESTS);
     while let Some(done) = work.next().await {
@@ -121,19 +180,19 @@ fn place_of(data_dir: &Path, path: &str) -> Result<PathBuf> {
 }
 
 /// Sorts what is wanted by place in the packs and joins neighbours.
-pub(super) fn ranges(contents: &Contents) -> Vec<Range> {
-    let mut pieces: Vec<Piece> = Vec::new();
+pub(super) fn plan(contents: &Contents) -> Fetch {
+    let (mut pieces, mut sums): (Vec<Piece>, Vec<Sum>) = (Vec::new(), Vec::new());
     for (file, entry) in contents.files.iter().enumerate() {
         let mut offset = 0;
         for region in &entry.regions {
-            pieces.push(Piece { file, offset, region: *region });
+            add_region(&mut pieces, &mut sums, (file, offset), region);
             offset += u64::from(region.plain);
         }
     }
-    pieces.sort_by_key(|piece| (piece.region.frame.pack, piece.region.frame.offset));
+    pieces.sort_by_key(|piece| (piece.frame.pack, piece.frame.offset));
     let mut ranges: Vec<Range> = Vec::new();
     for piece in pieces {
-        let frame = piece.region.frame;
+        let frame = piece.frame;
         let (pack, end) = (contents.packs[frame.pack as usize], frame.offset + u64::from(frame.stored));
         let joins = |range: &&mut Range| {
             range.pack == pack && frame.offset <= range.end + SKIP_MAX && end - range.start <= RANGE_MAX
@@ -146,74 +205,125 @@ pub(super) fn ranges(contents: &Contents) -> Vec<Range> {
             None => ranges.push(Range { pack, start: frame.offset, end, pieces: vec![piece] }),
         }
     }
-    ranges
+    Fetch { ranges, sums: Arc::new(sums) }
 }
 
-async fn fetch_range(
-    repository: Repository,
-    range: Range,
+fn add_region(pieces: &mut Vec<Piece>, sums: &mut Vec<Sum>, (file, offset): (usize, u64), region: &Region) {
+    if region.patches.is_empty() {
+        let part = Part::Whole { plain: region.plain, crc: region.crc };
+        return pieces.push(Piece { file, offset, frame: region.frame, part });
+    }
+    let sum = sums.len();
+    let before = pieces.len();
+    for (frame, held, wanted) in region.supplies() {
+        if !wanted.is_empty() {
+            pieces.push(Piece { file, offset, frame, part: Part::Pages { held, wanted, sum } });
+        }
+    }
+    sums.push(Sum {
+        expected: region.crc,
+        plain: region.plain,
+        so_far: AtomicU32::new(0),
+        frames_left: AtomicU32::new((pieces.len() - before) as u32),
+    });
+}
+
+/// Where files go.
+struct Into {
     paths: Arc<Vec<(PathBuf, u32)>>,
     progress: Arc<Progress>,
-) -> Result<()> {
-    let bytes = repository.read_pack(range.pack, range.start..range.end).await?;
-    let write = move || write_range(&repository, &range, &bytes, &paths, &progress);
-    tokio::task::spawn_blocking(write).await.map_err(|e| Error::internal("a writing thread ended").source(e))?
 }
 
-/// Reads a range and checks every frame in it.
-pub(super) async fn check_range(repository: Repository, range: Range) -> Result<()> {
+/// Reads a range and checks every frame in it; writes what they hold, if told where to.
+async fn fetch_range(repository: Repository, range: Range, sums: Arc<Vec<Sum>>, into: Option<Into>) -> Result<()> {
     let bytes = repository.read_pack(range.pack, range.start..range.end).await?;
-    let check = move || {
-        let mut plain = Vec::new();
-        range
-            .pieces
-            .iter()
-            .try_for_each(|piece| unpack(&range, &bytes, piece, &mut plain))
-            .map_err(|why| repository.corrupt(&layout::pack(range.pack), why))
-    };
-    tokio::task::spawn_blocking(check).await.map_err(|e| Error::internal("a checking thread ended").source(e))?
+    let take = move || take_range(&repository, &range, &bytes, &sums, into.as_ref());
+    tokio::task::spawn_blocking(take).await.map_err(|e| Error::internal("a writing thread ended").source(e))?
+}
+
+/// Checks of all ranges, each with the pack it is in and how many bytes it reads.
+pub(super) fn checks(
+    repository: &Repository,
+    fetch: Fetch,
+) -> impl Iterator<Item = (PackId, u64, impl Future<Output = Result<()>>)> {
+    let (repository, sums) = (repository.clone(), fetch.sums);
+    fetch.ranges.into_iter().map(move |range| {
+        let (pack, length) = (range.pack, range.end - range.start);
+        (pack, length, fetch_range(repository.clone(), range, Arc::clone(&sums), None))
+    })
 }
 
 /// The content of one frame, if it is what the manifest says; otherwise why not.
 fn unpack(range: &Range, bytes: &Bytes, piece: &Piece, plain: &mut Vec<u8>) -> std::result::Result<(), String> {
-    let frame = piece.region.frame;
+    let frame = piece.frame;
     let start = (frame.offset - range.start) as usize;
     let stored = &bytes[start..start + frame.stored as usize];
     if Sha256::of(stored) != frame.sha256 {
         return Err(format!("the checksum of the frame at {} does not hold", frame.offset));
     }
-    decompress_to(stored, piece.region.plain as usize, plain)?;
-    match crc32c::crc32c(plain) == piece.region.crc {
-        true => Ok(()),
-        false => Err(format!("the frame at {} does not hold what the manifest says", frame.offset)),
+    decompress_to(stored, piece.part.plain(), plain)?;
+    match piece.part {
+        Part::Whole { crc, .. } if crc32c::crc32c(plain) != crc => {
+            Err(format!("the frame at {} does not hold what the manifest says", frame.offset))
+        }
+        _ => Ok(()),
     }
 }
 
-fn write_range(
-    repository: &Repository,
-    range: &Range,
-    bytes: &Bytes,
-    paths: &[(PathBuf, u32)],
-    progress: &Progress,
-) -> Result<()> {
+/// Hands the wanted stretches of a frame's content over, each with its place in the region.
+fn stretches(part: Part, plain: &[u8], mut take: impl FnMut(usize, &[u8]) -> Result<()>) -> Result<()> {
+    let Part::Pages { held, wanted, .. } = part else { return take(0, plain) };
+    let mut pages = wanted.iter().peekable();
+    while let Some(first) = pages.next() {
+        let mut last = first;
+        while pages.next_if(|next| *next == last + 1).is_some() {
+            last += 1;
+        }
+        let from = held.before(first) as usize * PAGE;
+        take(first as usize * PAGE, &plain[from..from + (last - first + 1) as usize * PAGE])?;
+    }
+    Ok(())
+}
+
+fn take_range(repository: &Repository, range: &Range, bytes: &Bytes, sums: &[Sum], into: Option<&Into>) -> Result<()> {
     let key = layout::pack(range.pack);
     let mut open_file: Option<(usize, File)> = None;
     let mut plain = Vec::new();
     for piece in &range.pieces {
         unpack(range, bytes, piece, &mut plain).map_err(|why| repository.corrupt(&key, why))?;
-        let (path, mode) = &paths[piece.file];
-        let file = match open_file.take().filter(|(number, _)| *number == piece.file) {
-            Some((_, file)) => file,
-            None => open(path, *mode)?,
-        };
-        file.write_all_at(&plain, piece.offset).on("write", path)?;
-        if let Some(length) = std::num::NonZeroU64::new(plain.len() as u64) {
-            // Starts writing back now, so that the sync at the end finds little left to do. Only a wish: errors show then.
-            let _ = rustix::fs::fadvise(&file, piece.offset, Some(length), rustix::fs::Advice::DontNeed);
+        if let Some(into) = into {
+            let file = match open_file.take().filter(|(number, _)| *number == piece.file) {
+                Some((_, file)) => file,
+                None => open(&into.paths[piece.file].0, into.paths[piece.file].1)?,
+            };
+            stretches(piece.part, &plain, |at, bytes| write(into, piece, &file, at, bytes))?;
+            open_file = Some((piece.file, file));
         }
-        progress.add(plain.len() as u64);
-        open_file = Some((piece.file, file));
+        if let Part::Pages { sum, .. } = piece.part {
+            stretches(piece.part, &plain, |at, bytes| {
+                sums[sum].add(at, bytes);
+                Ok(())
+            })?;
+            if !sums[sum].frame_is_done() {
+                let why = format!(
+                    "a region whose last frame read is at {} is not what the manifest says",
+                    piece.frame.offset
+                );
+                return Err(repository.corrupt(&key, why));
+            }
+        }
     }
+    Ok(())
+}
+
+fn write(into: &Into, piece: &Piece, file: &File, at: usize, bytes: &[u8]) -> Result<()> {
+    let offset = piece.offset + at as u64;
+    file.write_all_at(bytes, offset).on("write", &into.paths[piece.file].0)?;
+    if let Some(length) = std::num::NonZeroU64::new(bytes.len() as u64) {
+        // Starts writing back now, so that the sync at the end finds little left to do. Only a wish: errors show then.
+        let _ = rustix::fs::fadvise(file, offset, Some(length), rustix::fs::Advice::DontNeed);
+    }
+    into.progress.add(bytes.len() as u64);
     Ok(())
 }
 

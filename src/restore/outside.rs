@@ -71,7 +71,7 @@ pub fn adapt(contents: &mut Contents, data_dir: &Path) -> Result<()> {
     let settings: Vec<(&str, Option<String>)> = PLACES.iter().map(|name| (*name, None)).collect();
     let adapted = with_settings(&text, &settings);
     disk::durable_write(&path, adapted.as_bytes(), main.mode)?;
-    let Some(mut region) = main.regions.first().copied() else { return Ok(()) };
+    let Some(mut region) = main.regions.first().cloned() else { return Ok(()) };
     region.plain = adapted.len() as u32;
     region.crc = crc32c::crc32c(adapted.as_bytes());
     main.size = adapted.len() as u64;

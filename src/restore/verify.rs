@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use futures::{StreamExt, TryStreamExt};
 use serde::Serialize;
 
-use super::fetch::{Contents, REQUESTS, Range, check_range, ranges};
+use super::fetch::{self, Contents, REQUESTS};
 use super::plan::Reachable;
 use crate::error::{Error, Kind, Result};
 use crate::events::{Event, Events, Level};
@@ -128,9 +128,9 @@ async fn look_at_backup(
         Ok(contents) => contents,
         Err(error) => return report.find_or(error, consequence()),
     };
-    let ranges = ranges(&contents);
+    let fetch = fetch::plan(&contents);
     let mut needed: BTreeMap<PackId, u64> = BTreeMap::new();
-    for range in &ranges {
+    for range in &fetch.ranges {
         let end = needed.entry(range.pack).or_default();
         *end = range.end.max(*end);
     }
@@ -146,8 +146,8 @@ async fn look_at_backup(
         report.find(&error, consequence());
     }
     if depth == Depth::Full {
-        let checks = ranges.into_iter().filter(|range| !broken.contains(&range.pack));
-        let checks: Vec<_> = checks.map(|range| check(repository.clone(), range)).collect();
+        let checks = fetch::checks(repository, fetch).filter(|(pack, ..)| !broken.contains(pack));
+        let checks: Vec<_> = checks.map(|(_, bytes, check)| async move { (bytes, check.await) }).collect();
         let mut checks = futures::stream::iter(checks).buffer_unordered(REQUESTS);
         while let Some((bytes, checked)) = checks.next().await {
             report.bytes += bytes;
@@ -187,10 +187,6 @@ async fn look_at_consistency(repository: &Repository, backups: &[BackupHead], re
         }
     }
     Ok(())
-}
-
-async fn check(repository: Repository, range: Range) -> (u64, Result<()>) {
-    (range.end - range.start, check_range(repository, range).await)
 }
 
 async fn look_at_wal(

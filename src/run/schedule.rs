@@ -112,6 +112,7 @@ async fn next(options: &Options, pusher: &Pusher, at_once: bool, events: &Events
         // The first one protects: it must not wait for a checkpoint spread over minutes.
         fast: last.is_none(),
         fail_on_damage: false,
+        full: false,
         wal_timeout: Duration::from_secs(3600),
     };
     backup::run(repository, &backup, events).await.map(|done| done.head.backup_id)

@@ -21,6 +21,8 @@ fn reader(arguments: &[&str]) -> Output {
     Command::new(from_run("PERENNIAL_TEST_PYTHON")).arg(program).args(arguments).output().expect("python runs")
 }
 
+const ROWS: &str = "SELECT count(*), md5(string_agg(text, ',' ORDER BY id)), (SELECT md5(string_agg(text, ',' ORDER BY id)) FROM large) FROM t";
+
 /// A repository with two lives on two timelines, a tablespace, and WAL after the last backup.
 fn repository(scratch: &Scratch) -> (Bucket, String, String) {
     let bucket = Bucket::directory(scratch);
@@ -30,6 +32,16 @@ fn repository(scratch: &Scratch) -> (Bucket, String, String) {
     first.sql(&format!("CREATE TABLESPACE fast LOCATION '{}'", space.display()));
     first.sql("CREATE TABLE t TABLESPACE fast AS SELECT n AS id, md5(n::text) AS text FROM generate_series(1, 5000) n");
     bucket.must(&["backup", "-D", first.data_dir().to_str().expect("text")]);
+    // A few pages of a large file change, and then only the backup of that is left.
+    first.sql("CREATE TABLE large (id int, text text) WITH (fillfactor = 50)");
+    first.sql("INSERT INTO large SELECT n, repeat('x', 1000) FROM generate_series(1, 2000) n");
+    bucket.must(&["backup", "-D", first.data_dir().to_str().expect("text")]);
+    first.sql("UPDATE large SET text = repeat('y', 1000) WHERE id IN (1, 1000, 2000)");
+    let last = bucket.json(&["backup", "-D", first.data_dir().to_str().expect("text")]);
+    bucket.must(&["prune", "--keep-last=1", "--prune-grace=0"]);
+    let key = format!("backups/{}/manifest", last["backup"]["id"].as_str().expect("an id"));
+    let manifest = reader(&["cat", bucket.path().to_str().expect("text"), &key]);
+    assert!(text(&manifest).contains("\",[["), "a region with patches: {}", text(&manifest));
     first.sql("INSERT INTO t SELECT n, 'after the backup' FROM generate_series(5001, 6000) n");
     first.archived();
     first.vanish();
@@ -37,7 +49,7 @@ fn repository(scratch: &Scratch) -> (Bucket, String, String) {
     let mut second = Machine::new(scratch, "b", &bucket);
     second.start(&[]).ready();
     second.sql("INSERT INTO t VALUES (6001, 'on timeline 2')");
-    let rows = second.sql("SELECT count(*), md5(string_agg(text, ',' ORDER BY id)) FROM t");
+    let rows = second.sql(ROWS);
     let oid = second.sql("SELECT oid FROM pg_tablespace WHERE spcname = 'fast'");
     second.archived();
     second.vanish();
@@ -64,7 +76,7 @@ fn a_stranger_with_the_format_page_restores_a_backup_and_its_wal() {
         assert!(given.success() || !nix::unistd::geteuid().is_root());
     }
     let copy = Plain::start(&scratch, "c", &bucket, &Postgres::debian()).up(false);
-    assert_eq!(copy.machine.sql("SELECT count(*), md5(string_agg(text, ',' ORDER BY id)) FROM t"), rows);
+    assert_eq!(copy.machine.sql(ROWS), rows);
 }
 
 #[test]

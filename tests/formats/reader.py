@@ -21,7 +21,7 @@ import sys
 
 import zstandard
 
-HEAD_MAGIC, INDEX_MAGIC, ENDLESS = 0x184D2A50, 0x184D2A51, 1 << 64
+HEAD_MAGIC, INDEX_MAGIC, ENDLESS, PAGE = 0x184D2A50, 0x184D2A51, 1 << 64, 8192
 WAL_FRAME, IN_FLIGHT = 4 << 20, 15
 CRC_TABLE = list(range(256))
 for _ in range(8):
@@ -324,13 +324,23 @@ class Repository:
 
     def file_content(self, packs, file, with_crc=False):
         """The regions of a manifest's file, one by one."""
-        for number, offset, stored, plain, crc, digest in file["regions"]:
+        def frame(number, offset, stored, digest, plain):
             key = f"packs/{packs[number]}"
             frame, where = self.read(key, offset, stored), f"{key} at {offset} ({file['path']})"
             demand(sha256(frame) == digest, where, "the frame's SHA-256 does not hold")
             with reading(where):
-                content = unpack(where, frame, plain)
-            demand(not with_crc or crc32c(content) == crc, where, "the content's CRC-32C does not hold")
+                return unpack(where, frame, plain)
+
+        for number, offset, stored, plain, crc, digest, *patches in file["regions"]:
+            content = bytearray(frame(number, offset, stored, digest, plain))
+            for *where, pages in patches[0] if patches else []:
+                pages = [page for page in range(128) if int(pages, 16) >> page & 1]
+                changed = frame(*where, len(pages) * PAGE)
+                for place, page in enumerate(pages):
+                    content[page * PAGE:(page + 1) * PAGE] = changed[place * PAGE:(place + 1) * PAGE]
+            where = f"{packs[number]} at {offset} ({file['path']})"
+            demand(len(content) == plain, where, "a patch replaces what is not there")
+            demand(not (with_crc or patches) or crc32c(content) == crc, where, "the content's CRC-32C does not hold")
             yield content
 
     def pack_frames(self, key):

@@ -122,3 +122,92 @@ fn forcing_a_restore_never_empties_another_servers_tablespace() {
     assert_eq!(machine.sql("SELECT count(*) FROM t"), "1000");
     assert!(std::fs::read_dir(&space).expect("listed").count() > 0);
 }
+
+/// What a backup has stored itself.
+fn backed_up(machine: &Machine, more: &[&str]) -> (String, u64) {
+    let data = machine.data_dir();
+    let done = machine.bucket.json(&[&["backup", "-D", data.to_str().expect("text")], more].concat());
+    let id = done["backup"]["id"].as_str().expect("an id").to_owned();
+    (id, done["backup"]["stored_bytes"].as_u64().expect("bytes"))
+}
+
+#[test]
+fn a_backup_costs_what_has_changed_and_stands_when_those_before_it_are_gone() {
+    let scratch = Scratch::new();
+    let bucket = Bucket::s3();
+    let mut first = Machine::new(&scratch, "a", &bucket);
+    first.start(&["--init"]).ready().with_backup();
+    first.sql(
+        "CREATE TABLE t AS SELECT n AS id, md5(n::text) || md5((-n)::text) AS text FROM generate_series(1, 200000) n",
+    );
+    first.sql("CREATE UNIQUE INDEX ON t (id)");
+    let (_, full) = backed_up(&first, &["--full"]);
+    let mut last = 0;
+    for round in 1..=4 {
+        first.sql(&format!("UPDATE t SET text = md5('{round}' || id) || 'y' WHERE id % 20000 = {round}"));
+        last = backed_up(&first, &[]).1;
+        assert!(last < full / 10, "round {round}: {last} bytes after {full}");
+    }
+    let (_, nothing) = backed_up(&first, &[]);
+    assert!(nothing < last, "hardly anything has changed: {nothing} bytes after {last}");
+    let rows = "SELECT count(*), md5(string_agg(text, ',' ORDER BY id)) FROM t";
+    let before = first.sql(rows);
+    first.archived();
+    first.vanish();
+    bucket.must(&["prune", "--keep-last=1", "--prune-grace=0"]);
+    bucket.must(&["verify", "--full"]);
+    verified_restore(&scratch, &bucket, "copy", &[]);
+    let mut second = Machine::new(&scratch, "b", &bucket);
+    second.start(&[]).ready();
+    assert_eq!(second.sql(rows), before);
+    amcheck(&second);
+    // On the new machine every file is another one than in the last backup.
+    second.sql("UPDATE t SET text = 'z' WHERE id % 20000 = 7");
+    let (after, stored) = backed_up(&second, &[]);
+    assert!(stored < full, "{stored} bytes after {full}");
+    let before = second.sql(rows);
+    second.archived();
+    second.vanish();
+    verified_restore(&scratch, &bucket, "another copy", &["--backup", &after]);
+    let mut third = Machine::new(&scratch, "c", &bucket);
+    third.start(&[]).ready();
+    assert_eq!(third.sql(rows), before);
+    amcheck(&third);
+}
+
+#[test]
+fn files_that_come_back_under_an_old_name_are_not_taken_for_the_old_ones() {
+    let scratch = Scratch::new();
+    let bucket = Bucket::directory(&scratch);
+    let mut first = Machine::new(&scratch, "a", &bucket);
+    first.start(&["--init"]).ready().with_backup();
+    // Two templates whose files have the same names and sizes, and other rows.
+    for name in ["one", "two"] {
+        first.sql(&format!("CREATE DATABASE {name} OID = {}", if name == "one" { 90001 } else { 90002 }));
+        let rows =
+            format!("CREATE TABLE t AS SELECT n AS id, md5('{name}' || n) AS text FROM generate_series(1, 30000) n");
+        let output = first.client("psql").args(["-XAtq", "-d", name, "-c", &rows]).output().expect("psql runs");
+        assert!(output.status.success(), "{}", text(&output));
+    }
+    first.sql("CREATE DATABASE copy OID = 90003 TEMPLATE one STRATEGY file_copy");
+    backed_up(&first, &["--full"]);
+    first.sql("DROP DATABASE copy");
+    first.sql("CREATE DATABASE copy OID = 90003 TEMPLATE two STRATEGY file_copy");
+    let change = "UPDATE t SET text = 'changed' WHERE id IN (5, 20000)";
+    let output = first.client("psql").args(["-XAtq", "-d", "copy", "-c", change]).output().expect("psql runs");
+    assert!(output.status.success(), "{}", text(&output));
+    let (id, _) = backed_up(&first, &[]);
+    let rows = "SELECT count(*), md5(string_agg(text, ',' ORDER BY id)) FROM t";
+    let read = |machine: &Machine| {
+        let output = machine.client("psql").args(["-XAtq", "-d", "copy", "-c", rows]).output().expect("psql runs");
+        text(&output)
+    };
+    let before = read(&first);
+    first.archived();
+    first.vanish();
+    verified_restore(&scratch, &bucket, "copy", &["--backup", &id]);
+    let mut second = Machine::new(&scratch, "b", &bucket);
+    second.start(&[]).ready();
+    assert_eq!(read(&second), before);
+    amcheck(&second);
+}

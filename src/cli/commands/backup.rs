@@ -31,6 +31,7 @@ pub fn run(setup: &Setup, args: args::Backup) -> Result<i32> {
             generation: writer.claim.generation,
             fast: !args.spread_checkpoint,
             fail_on_damage: args.fail_on_damage,
+            full: args.full,
             wal_timeout: args.wal_timeout,
         };
         let repository = Repository::open(store, &setup.clock).await?;

@@ -167,6 +167,7 @@ pub fn backup_json(head: &BackupHead) -> Value {
         "bytes": head.bytes,
         "stored_bytes": head.stored,
         "packs": head.packs,
+        "parent": head.parent,
         "damaged_pages": head.damaged_pages,
         "damaged": head.damaged,
     })

@@ -1,0 +1,96 @@
+//! The backup that a new one builds on: what has not changed since is not stored again.
+
+use std::collections::HashMap;
+
+use crate::error::Result;
+use crate::model::{BackupId, Generation, Lsn, PackId, SystemId, Timeline};
+use crate::repository::manifest::{BackupHead, FileEntry, Line, REGION};
+use crate::repository::{Repository, layout};
+use crate::wal::{History, WalFileName};
+
+/// Which server's, to know which backups lie in its past.
+#[derive(Debug, Clone, Copy)]
+pub struct Descent {
+    pub generation: Generation,
+    pub timeline: Timeline,
+    pub system_id: SystemId,
+}
+
+/// A backup, read.
+#[derive(Debug)]
+pub struct Parent {
+    pub id: BackupId,
+    /// Pages that were changed since carry this position or a later one.
+    pub start: Lsn,
+    pub packs: Vec<PackId>,
+    files: HashMap<String, FileEntry>,
+}
+
+impl Parent {
+    /// The newest backup in the server's past; `None` when there is none that could be built on.
+    pub async fn find(repository: &Repository, descent: Descent) -> Result<Option<Parent>> {
+        let Some(history) = history(repository, descent).await? else { return Ok(None) };
+        let lineage = repository.lineage(descent.generation, None).await?;
+        let is_past = |head: &&BackupHead| {
+            let end = history.end_of(head.timeline);
+            lineage.contains(head.generation)
+                && head.system_id == descent.system_id
+                && head.region_size == REGION
+                && end.is_some_and(|end| end.is_none_or(|end| head.stop_lsn <= end))
+        };
+        let sound = repository.backups().await?.sound;
+        match sound.iter().filter(is_past).max_by_key(|head| head.stop_lsn) {
+            Some(head) => Ok(Some(Parent::read(repository, head).await?)),
+            None => Ok(None),
+        }
+    }
+
+    async fn read(repository: &Repository, head: &BackupHead) -> Result<Parent> {
+        let mut parent = Parent { id: head.backup_id, start: head.start_lsn, packs: Vec::new(), files: HashMap::new() };
+        let mut broken = false;
+        repository
+            .read_manifest(head.backup_id, |line| {
+                match line {
+                    Line::Pack(pack) => parent.packs.push(pack),
+                    Line::File(file) if file.outside.is_none() => {
+                        let packs = parent.packs.len();
+                        let sound = |region: &crate::repository::Region| {
+                            region.is_sound() && region.frames().all(|frame| (frame.pack as usize) < packs)
+                        };
+                        broken |= !file.regions.iter().all(sound);
+                        parent.files.insert(file.path.clone(), file);
+                    }
+                    _ => (),
+                }
+                Ok(())
+            })
+            .await?;
+        match broken {
+            true => Err(repository.corrupt(&layout::manifest(head.backup_id), "a file names what is not there")),
+            false => Ok(parent),
+        }
+    }
+
+    /// A backup that was just made.
+    #[cfg(test)]
+    pub fn of(id: BackupId, start: Lsn, copied: &super::copy::Copied) -> Parent {
+        let files = copied.files.iter().map(|file| (file.path.clone(), file.clone())).collect();
+        Parent { id, start, packs: copied.packs.clone(), files }
+    }
+
+    pub fn file(&self, path: &str) -> Option<&FileEntry> {
+        self.files.get(path)
+    }
+}
+
+/// The history of the server's timeline, as its generation has stored it before any WAL.
+async fn history(repository: &Repository, descent: Descent) -> Result<Option<History>> {
+    if descent.timeline == Timeline(1) {
+        return Ok(Some(History::root(descent.timeline)));
+    }
+    let name = WalFileName::History(descent.timeline);
+    match repository.wal_head(descent.generation, name).await? {
+        Some(_) => repository.timeline_history(descent.generation, descent.timeline).await.map(Some),
+        None => Ok(None),
+    }
+}

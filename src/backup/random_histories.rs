@@ -1,0 +1,234 @@
+//! Random lives of files against a model: whatever happened between backups, each one holds the exact bytes of its moment,
+//! and goes on doing so when those before it are gone.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::Arc;
+
+use super::copy::{self, Copied, Task};
+use super::parent::Parent;
+use crate::clock::Clock;
+use crate::disk::UncachedFile;
+use crate::events::Events;
+use crate::model::{BackupId, Generation, Lsn};
+use crate::postgres::Version;
+use crate::postgres::data_dir::FileItem;
+use crate::postgres::page::{self, PAGE};
+use crate::repository::codec::decompress;
+use crate::repository::manifest::{FileEntry, Region};
+use crate::repository::{Codec, Repository};
+use crate::storage::{Adapter, Store};
+
+const SEEDS: u64 = 60;
+const BACKUPS: usize = 7;
+
+struct Chance(u64);
+
+impl Chance {
+    fn below(&mut self, bound: u64) -> u64 {
+        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+        (z ^ (z >> 31)) % bound
+    }
+}
+
+/// A relation's file and its map, as pages; and where WAL is.
+struct Disk {
+    files: BTreeMap<String, Vec<[u8; PAGE]>>,
+    lsn: u64,
+    chance: Chance,
+}
+
+impl Disk {
+    fn page(&mut self, block: usize, lsn: u64) -> [u8; PAGE] {
+        let mut page = [0; PAGE];
+        page[..4].copy_from_slice(&((lsn >> 32) as u32).to_le_bytes());
+        page[4..8].copy_from_slice(&(lsn as u32).to_le_bytes());
+        page[14] = 1;
+        page[100..108].copy_from_slice(&self.chance.below(u64::MAX).to_le_bytes());
+        let sum = page::checksum(&page, block as u32).to_le_bytes();
+        page[8..10].copy_from_slice(&sum);
+        page
+    }
+
+    fn change(&mut self, path: &str) {
+        self.lsn += 8;
+        let (lsn, what) = (self.lsn, self.chance.below(8));
+        let mut pages = self.files.remove(path).unwrap_or_default();
+        match what {
+            // Grows, by pages that were written or by zeros.
+            0 | 1 => {
+                for _ in 0..self.chance.below(40) {
+                    let page = if self.chance.below(9) == 0 { [0; PAGE] } else { self.page(pages.len(), lsn) };
+                    pages.push(page);
+                }
+            }
+            2 => pages.truncate(self.chance.below(pages.len() as u64 + 1) as usize),
+            // Some pages change, here and there or many.
+            3..=6 => {
+                for _ in 0..[3, 12, 60][self.chance.below(3) as usize] {
+                    if !pages.is_empty() {
+                        let block = self.chance.below(pages.len() as u64) as usize;
+                        pages[block] = self.page(block, lsn);
+                    }
+                }
+            }
+            // Dropped, and the path used again by a file whose pages are older than the last backup: CREATE DATABASE by
+            // copying files, under the same number.
+            _ => {
+                let old = self.chance.below(lsn) + 1;
+                let length = [pages.len() as u64, self.chance.below(200)][self.chance.below(2) as usize];
+                pages = (0..length as usize).map(|block| self.page(block, old)).collect();
+                // Some of it has been written to since.
+                for _ in 0..self.chance.below(3).min(pages.len() as u64) {
+                    let block = self.chance.below(pages.len() as u64) as usize;
+                    pages[block] = self.page(block, lsn);
+                }
+                self.files.insert(format!("new {path}"), Vec::new());
+            }
+        }
+        self.files.insert(path.to_owned(), pages);
+    }
+
+    /// Brings the directory to the model's state. Files that are the same ones stay the same ones.
+    fn write(&mut self, directory: &Path) {
+        let anew: Vec<String> =
+            self.files.keys().filter_map(|path| path.strip_prefix("new ").map(str::to_owned)).collect();
+        for path in &anew {
+            self.files.remove(&format!("new {path}"));
+            let _ = std::fs::remove_file(directory.join(path));
+        }
+        for (path, pages) in &self.files {
+            use std::io::Write;
+            let open = std::fs::File::options().write(true).create(true).truncate(true).open(directory.join(path));
+            open.and_then(|mut file| file.write_all(&pages.concat())).expect("written");
+        }
+    }
+}
+
+fn item(directory: &Path, path: &str) -> FileItem {
+    let source = directory.join(path);
+    let size = std::fs::metadata(&source).expect("there").len();
+    let is_map = path.contains('_');
+    FileItem {
+        path: path.to_owned(),
+        source,
+        mode: 0o600,
+        uid: 0,
+        size,
+        mtime: 0,
+        first_block: Some(0),
+        pages_have_lsn: !is_map,
+    }
+}
+
+async fn content(repository: &Repository, copied: &Copied, file: &FileEntry) -> Vec<u8> {
+    let mut all = Vec::new();
+    for region in &file.regions {
+        all.extend(region_content(repository, copied, region).await);
+    }
+    all
+}
+
+/// Written apart from the restore, in the simplest way: frames one over the other.
+async fn region_content(repository: &Repository, copied: &Copied, region: &Region) -> Vec<u8> {
+    let mut plain = Vec::new();
+    let patches = region.patches.iter().map(|patch| Some(patch.pages));
+    for (frame, pages) in region.frames().zip(std::iter::once(None).chain(patches)) {
+        let range = frame.offset..frame.offset + u64::from(frame.stored);
+        let stored = repository.read_pack(copied.packs[frame.pack as usize], range).await.expect("there");
+        match pages {
+            None => plain = decompress(&stored, region.plain as usize).expect("a frame"),
+            Some(pages) => {
+                let changed = decompress(&stored, pages.count() as usize * PAGE).expect("a frame");
+                for (from, page) in changed.chunks(PAGE).zip(pages.iter()) {
+                    plain[page as usize * PAGE..][..PAGE].copy_from_slice(from);
+                }
+            }
+        }
+    }
+    assert_eq!(crc32c::crc32c(&plain), region.crc);
+    plain
+}
+
+/// What a life came to: bytes of all backups, bytes stored for them, and regions with patches.
+#[derive(Debug, Default, Clone, Copy)]
+struct Sum {
+    bytes: u64,
+    stored: u64,
+    patched: usize,
+}
+
+async fn live(seed: u64) -> Sum {
+    let directory = tempfile::tempdir().expect("a directory");
+    let clock = Clock::system();
+    let store: Arc<dyn Store> = Arc::new(Adapter::memory());
+    let (repository, _) = Repository::init(store, Codec::default(), &clock).await.expect("made");
+    let mut disk = Disk { files: BTreeMap::new(), lsn: 1000, chance: Chance(seed) };
+    let paths = ["16384", "16385", "16384_vm"];
+    let mut kept: Vec<(Copied, BTreeMap<String, Vec<u8>>)> = Vec::new();
+    let mut parent: Option<Parent> = None;
+    let mut sum = Sum::default();
+    for n in 0..BACKUPS {
+        for _ in 0..disk.chance.below(6) {
+            let path = paths[disk.chance.below(3) as usize];
+            disk.change(path);
+        }
+        disk.write(directory.path());
+        disk.lsn += 8;
+        let start = Lsn(disk.lsn);
+        let id = BackupId { generation: Generation(1), start, nonce: n as u16 };
+        let (version, data_dir) = (Version::of(15).expect("known"), directory.path());
+        let task = Task { repository: &repository, id, start, version, data_checksums: true, data_dir };
+        let items = disk.files.keys().map(|path| item(data_dir, path)).collect();
+        let copied = copy::files_only(&task, items, parent.take(), &Events::silent()).await.expect("copied");
+        sum.stored += copied.stored;
+        let regions = copied.files.iter().flat_map(|file| &file.regions);
+        sum.patched += regions.filter(|region| !region.patches.is_empty()).count();
+        let files = disk.files.iter().map(|(path, pages)| (path.clone(), pages.concat()));
+        let files: BTreeMap<_, _> = files.collect();
+        sum.bytes += files.values().map(|content| content.len() as u64).sum::<u64>();
+        parent = Some(Parent::of(id, start, &copied));
+        kept.push((copied, files));
+        // Each backup, now and again later.
+        for (copied, files) in &kept {
+            assert_eq!(copied.files.len(), files.len());
+            for file in &copied.files {
+                assert!(content(&repository, copied, file).await == files[&file.path], "seed {seed}, {}", file.path);
+            }
+        }
+        // Old ones go; those that stay need what is theirs.
+        if kept.len() > 3 {
+            kept.remove(disk.chance.below(3) as usize);
+            let marked: std::collections::BTreeSet<_> = kept.iter().flat_map(|(copied, _)| &copied.packs).collect();
+            for pack in repository.pack_ids().await.expect("listed") {
+                if !marked.contains(&pack) {
+                    repository.store().delete(&crate::repository::layout::pack(pack)).await.expect("deleted");
+                }
+            }
+        }
+    }
+    sum
+}
+
+#[test]
+fn every_backup_holds_the_bytes_of_its_moment() {
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).build().expect("threads");
+    let mut sum = Sum::default();
+    #[allow(clippy::disallowed_methods, reason = "a longer run is asked for like this")]
+    let seeds = std::env::var("PERENNIAL_HISTORIES").ok().and_then(|seeds| seeds.parse().ok()).unwrap_or(SEEDS);
+    for seed in 0..seeds {
+        let life = runtime.block_on(live(seed));
+        sum = Sum {
+            bytes: sum.bytes + life.bytes,
+            stored: sum.stored + life.stored,
+            patched: sum.patched + life.patched,
+        };
+    }
+    assert!(sum.bytes > 100 << 20, "too little was looked at: {sum:?}");
+    let scratch = tempfile::NamedTempFile::new().expect("a file");
+    let tells_birth = UncachedFile::open(scratch.path()).expect("opened").is_some_and(|file| file.birth().is_some());
+    assert!(sum.patched > 100 || !tells_birth, "patches were hardly met: {sum:?}");
+}
