@@ -51,6 +51,16 @@ pub enum Event {
         stored: u64,
         elapsed: Duration,
     },
+    /// A restore was tried in a sandbox, and all is well.
+    DrillDone {
+        backup: String,
+        elapsed: Duration,
+    },
+    DrillFailed {
+        backup: String,
+        problem: String,
+        cure: String,
+    },
     /// A backup was deleted; its objects go after the grace period.
     BackupDeleted {
         id: BackupId,
@@ -179,6 +189,7 @@ impl Event {
             | WalGap { .. }
             | HeldBack { held: true, .. }
             | Degraded { degraded: true, .. }
+            | DrillFailed { .. }
             | Fenced { .. } => Level::Alarm,
             Note { level, .. } => *level,
             _ => Level::Info,
@@ -212,6 +223,12 @@ impl fmt::Display for Event {
                 human_bytes(*stored),
                 elapsed.as_secs_f64()
             ),
+            DrillDone { backup, elapsed } => {
+                write!(f, "drill: {backup} restores, recovers and is sound ({:.1} s)", elapsed.as_secs_f64())
+            }
+            DrillFailed { backup, problem, cure } => {
+                write!(f, "the drill failed: {backup} cannot be relied on: {problem}; what helps: {cure}")
+            }
             BackupDeleted { id, grace } => {
                 write!(f, "backup {id} deleted; what only it needs goes in {} h", grace.as_secs() / 3600)
             }

@@ -56,6 +56,7 @@ fn allowed() -> BTreeMap<&'static str, Vec<&'static str>> {
         ("archive", below(&["disk", "wal", "storage", "repository", "postgres"])),
         ("backup", below(&["disk", "wal", "storage", "repository", "postgres"])),
         ("restore", below(&["disk", "wal", "storage", "repository", "postgres"])),
+        ("drill", below(&["disk", "wal", "storage", "repository", "postgres", "restore"])),
         ("retention", below(&["disk", "wal", "storage", "repository"])),
         ("status", below(&["disk"])),
         (
@@ -69,6 +70,7 @@ fn allowed() -> BTreeMap<&'static str, Vec<&'static str>> {
                 "archive",
                 "backup",
                 "restore",
+                "drill",
                 "retention",
                 "status",
             ]),
@@ -84,6 +86,7 @@ fn allowed() -> BTreeMap<&'static str, Vec<&'static str>> {
                 "archive",
                 "backup",
                 "restore",
+                "drill",
                 "retention",
                 "status",
                 "run",

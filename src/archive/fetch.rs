@@ -13,7 +13,7 @@ use crate::model::{Generation, Lsn, Timeline};
 use crate::repository::log::LogRun;
 use crate::repository::reach::View;
 use crate::repository::{Lineage, Repository, WalIndex, WalPlace, WalSource, layout};
-use crate::wal::{SegmentName, SegmentSize, WalFileName};
+use crate::wal::{SegmentName, SegmentSize, WalFileName, scan_part};
 
 /// Looks at a history that changes while it is read.
 const LOOKS: u32 = 5;
@@ -52,8 +52,9 @@ pub enum Wanted {
     /// The segment that starts at `start` counts up to `cut` only: there the timeline was left, and what lies behind is
     /// another future.
     Object { generation: Generation, cut: Option<u64> },
-    /// The segment that starts at `start`, from the entries of a log, as far as they go.
-    Log { run: LogRun, start: Lsn, through: Lsn, size: u64 },
+    /// The segment that starts at `start`, from the entries of a log, as far as they go. `switched`: the next writer went
+    /// on with the segment after it, so it must end with a switch there.
+    Log { run: LogRun, start: Lsn, through: Lsn, size: u64, switched: bool },
 }
 
 /// The WAL of one history, ready to be asked.
@@ -117,7 +118,8 @@ impl Source {
             }
             WalSource::Log { through } => {
                 let run = self.index.run(place.generation)?;
-                Some(Wanted::Log { run, start, through: through.min(counts_to), size: size.bytes() })
+                let switched = through < end && left_at == Some(end);
+                Some(Wanted::Log { run, start, through: through.min(counts_to), size: size.bytes(), switched })
             }
         }
     }
@@ -224,8 +226,9 @@ pub async fn download(repository: &Repository, wanted: Wanted, name: WalFileName
     let temporary = temporary_beside(destination);
     let outcome = match wanted {
         Wanted::Object { generation, cut } => write_object(repository, generation, name, cut, &temporary).await,
-        Wanted::Log { run, start, through, size } => {
-            write_log(repository, &run, start..through, size, &temporary).await
+        Wanted::Log { run, start, through, size, switched } => {
+            let written = write_log(repository, &run, start..through, size, &temporary).await;
+            written.and_then(|()| if switched { must_be_switched(name, through, &temporary) } else { Ok(()) })
         }
     };
     let renamed = outcome.and_then(|()| std::fs::rename(&temporary, destination).on("rename to", destination));
@@ -264,6 +267,20 @@ async fn write_log(repository: &Repository, run: &LogRun, range: Range<Lsn>, siz
     file.set_len(size).on("extend", path)?;
     let write = |at: Lsn, piece: &[u8]| file.write_all_at(piece, at.bytes_since(range.start)).on("write", path);
     repository.read_log(run, range.start, range.end, write).await
+}
+
+/// A part that counts as a whole segment because the next writer began behind it: what is missing must be the padding of a
+/// switch. That writer may have had more WAL than ever reached the log (a standby that was promoted).
+fn must_be_switched(name: WalFileName, through: Lsn, path: &Path) -> Result<()> {
+    let WalFileName::Segment(segment) = name else { return Ok(()) };
+    let content = std::fs::read(path).on("read", path)?;
+    match scan_part(segment, &content)?.switched {
+        true => Ok(()),
+        false => Err(Error::damaged(format!(
+            "{name} is missing from {through} on, and WAL goes on after it: the log ends there without a switch to the next segment"
+        ))
+        .hint("restore what comes before into a new directory: perennial restore -D DIR --to-lsn")),
+    }
 }
 
 fn temporary_beside(path: &Path) -> PathBuf {

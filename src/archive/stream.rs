@@ -16,7 +16,7 @@ use super::pace::Pace;
 use super::push::Pusher;
 use crate::clock::Clock;
 use crate::error::{Error, Kind, Result};
-use crate::events::{Event, Events};
+use crate::events::{Event, Events, Level};
 use crate::model::Lsn;
 use crate::postgres::replication::Received;
 use crate::postgres::{Client, ConnectOptions, PostmasterFile, Replication, ServerStatus};
@@ -32,6 +32,9 @@ const SMALL: usize = 64 << 10;
 /// A connection from which nothing was read for this long is given up until there is room again: a walsender that cannot
 /// send can neither be ended nor let go of its slot, and a checkpoint that wants either would wait for us.
 const FULL: Duration = Duration::from_secs(5);
+
+/// A request with WAL that took longer than this is worth a line to whoever looks for details.
+const SLOW: Duration = Duration::from_millis(300);
 
 const FIRST_WAIT: Duration = Duration::from_millis(50);
 const LONGEST_WAIT: Duration = Duration::from_secs(2);
@@ -77,7 +80,7 @@ pub struct Progress {
     pub entries: u64,
 }
 
-/// An entry that is not durable yet: where it ends, when its first byte came, and when it was sent.
+/// An entry that is not durable yet: where it ends, when its first byte came, and when it was cut.
 struct OnItsWay {
     end: Lsn,
     since: Duration,
@@ -357,7 +360,7 @@ impl Stream {
         let number = self.log.next_number();
         self.log.append_wal(&plain, stored.clone())?;
         let end = self.log.end();
-        self.waiting.push_back(OnItsWay { end: end.lsn, since, sent: self.clock.monotonic() });
+        self.waiting.push_back(OnItsWay { end: end.lsn, since, sent: now });
         self.compactor.add(Frame { stored, plain: plain.len() as u64 }, crc32c::crc32c(&plain), end, number);
         self.last_append = self.clock.monotonic();
         self.note(|progress| progress.entries += 1);
@@ -370,7 +373,12 @@ impl Stream {
         let now = self.clock.monotonic();
         let landed = self.waiting.iter().take_while(|entry| entry.end <= durable.position.lsn).count();
         for entry in self.waiting.drain(..landed) {
-            self.pace.landed(now.saturating_sub(entry.sent));
+            let took = now.saturating_sub(entry.sent);
+            if took > SLOW {
+                let text = format!("WAL up to {} took {} ms to become durable", entry.end, took.as_millis());
+                self.events.emit(Event::Note { level: Level::Detail, text });
+            }
+            self.pace.landed(took);
         }
         let since = self.waiting_since();
         self.note(|progress| {

@@ -7,11 +7,12 @@ use std::collections::{HashMap, VecDeque};
 use std::path::Path;
 use std::sync::Arc;
 
-use tokio::task::{JoinHandle, JoinSet};
+use tokio::task::JoinSet;
 
 use super::UPLOADS;
 use super::parent::Parent;
 use super::region::{self, Content, Job, Known, Packed, Read};
+use super::workers::{Answer, Workers, answer};
 use crate::disk::UncachedFile;
 use crate::error::{Error, Result};
 use crate::events::{Event, Events};
@@ -67,7 +68,7 @@ pub async fn run(
     events: &Events,
 ) -> Result<Copied> {
     let total = walk.files().map(|file| file.size).sum();
-    let mut copy = Copy::new(task, parent, total, events);
+    let mut copy = Copy::new(task, parent, total, events)?;
     // The control file goes last: it must not be older than anything it describes.
     for file in walk.files().filter(|file| file.path != CONTROL_FILE) {
         copy.file(file, None).await?;
@@ -89,7 +90,7 @@ pub async fn files_only(
     parent: Option<Parent>,
     events: &Events,
 ) -> Result<Copied> {
-    let mut copy = Copy::new(task, parent, 0, events);
+    let mut copy = Copy::new(task, parent, 0, events)?;
     for file in &files {
         copy.file(file, None).await?;
     }
@@ -103,9 +104,9 @@ type Small = (Read, Option<String>);
 /// Work handed out, in order: the first part of a file opens its entry, all parts add a region.
 enum Part {
     /// A whole small file and its birth; `None` when it has vanished.
-    Whole(FileEntry, JoinHandle<Result<Option<Small>>>),
+    Whole(FileEntry, Answer<Option<Small>>),
     Opens(FileEntry),
-    Region(JoinHandle<Result<Read>>),
+    Region(Answer<Read>),
 }
 
 /// A file as the last backup has it.
@@ -113,7 +114,7 @@ struct Past {
     entry: FileEntry,
     /// Where that backup began, if the file's pages say when they were changed.
     pages_since: Option<Lsn>,
-    /// With checksums every change of a page moves its position; without, hints are set behind its back.
+    /// Every change of a page has moved its position: without checksums, hints are set behind its back.
     exact: bool,
 }
 
@@ -136,6 +137,7 @@ struct Copy<'a> {
     numbers: HashMap<PackId, u32>,
     owners: HashMap<u32, Option<String>>,
     queue: VecDeque<Part>,
+    workers: Workers,
     in_flight: usize,
     copied: Copied,
     pack: Option<PackBuilder>,
@@ -146,8 +148,9 @@ struct Copy<'a> {
 }
 
 impl<'a> Copy<'a> {
-    fn new(task: &'a Task<'a>, parent: Option<Parent>, total: u64, events: &'a Events) -> Copy<'a> {
-        Copy {
+    fn new(task: &'a Task<'a>, parent: Option<Parent>, total: u64, events: &'a Events) -> Result<Copy<'a>> {
+        Ok(Copy {
+            workers: Workers::start(in_flight())?,
             task,
             events,
             parent,
@@ -161,7 +164,7 @@ impl<'a> Copy<'a> {
             done: 0,
             told: 0,
             total,
-        }
+        })
     }
 
     async fn file(&mut self, file: &FileItem, outside: Option<String>) -> Result<()> {
@@ -170,7 +173,7 @@ impl<'a> Copy<'a> {
             return self.small_file(file, entry).await;
         }
         let source = file.source.clone();
-        let Some(open) = blocking(move || UncachedFile::open(&source)).await? else { return Ok(()) };
+        let Some(open) = answer(self.workers.run(move || UncachedFile::open(&source))).await? else { return Ok(()) };
         let open = Arc::new(open);
         // It may have grown since the walk; what comes after this moment is in WAL.
         let size = open.size()?;
@@ -182,7 +185,8 @@ impl<'a> Copy<'a> {
             let length = (size - offset).min(REGION) as usize;
             let known = past.as_ref().and_then(|past| past.region(offset / REGION, birth.as_deref()));
             let job = self.job(Arc::clone(&open), file, offset, length, known);
-            self.push(Part::Region(tokio::task::spawn_blocking(move || region::read(&job)))).await?;
+            let read = self.workers.run(move || region::read(&job));
+            self.push(Part::Region(read)).await?;
             offset += length as u64;
         }
         Ok(())
@@ -201,7 +205,8 @@ impl<'a> Copy<'a> {
             let job = Job { file: Arc::new(open), offset: 0, length, first_block, start, codec, known };
             Ok(Some((region::read(&job)?, birth)))
         };
-        self.push(Part::Whole(entry, tokio::task::spawn_blocking(work))).await
+        let read = self.workers.run(work);
+        self.push(Part::Whole(entry, read)).await
     }
 
     /// The file as the last backup has it.
@@ -210,7 +215,7 @@ impl<'a> Copy<'a> {
         Some(Past {
             entry: parent.file(&file.path)?.clone(),
             pages_since: file.pages_have_lsn.then_some(parent.start),
-            exact: self.task.data_checksums,
+            exact: parent.exact && self.task.data_checksums,
         })
     }
 
@@ -263,11 +268,11 @@ impl<'a> Copy<'a> {
             match part {
                 Part::Opens(entry) => self.copied.files.push(entry),
                 Part::Region(read) => {
-                    let read = joined(read).await?;
+                    let read = answer(read).await?;
                     self.take(read).await?;
                 }
                 Part::Whole(entry, read) => {
-                    if let Some((read, birth)) = joined(read).await? {
+                    if let Some((read, birth)) = answer(read).await? {
                         self.copied.files.push(FileEntry { size: u64::from(read.plain), birth, ..entry });
                         self.take(read).await?;
                     }
@@ -396,12 +401,4 @@ impl<'a> Copy<'a> {
         self.events.emit(Event::BackupProgress { done: self.total, total: self.total });
         Ok(self.copied)
     }
-}
-
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
-    joined(tokio::task::spawn_blocking(work)).await
-}
-
-async fn joined<T>(handle: JoinHandle<Result<T>>) -> Result<T> {
-    handle.await.map_err(|e| Error::internal("a reading thread ended").source(e))?
 }

@@ -10,6 +10,7 @@ mod parent;
 mod random_histories;
 mod region;
 mod wait;
+mod workers;
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -17,7 +18,7 @@ use std::time::Duration;
 use crate::disk;
 use crate::error::{Error, IoContext, Kind, Result};
 use crate::events::{Event, Events, Level};
-use crate::model::{BackupId, Generation, Lsn, PackId, WriteId};
+use crate::model::{BackupId, Generation, Lsn, PackId, Timestamp, WriteId};
 use crate::postgres::client::{Server, Stopped, same_directory};
 use crate::postgres::data_dir::{self, FileItem, Item, Walk};
 use crate::postgres::{Client, ConnectOptions, ControlFile};
@@ -85,7 +86,8 @@ pub async fn run(repository: &Repository, options: &Options, events: &Events) ->
     let (version, data_checksums) = (server.version, control.data_checksums);
     let task = copy::Task { repository, id, start, version, data_checksums, data_dir: &options.data_dir };
     let descent = Descent { generation: id.generation, timeline: control.timeline, system_id: control.system_id };
-    let parent = if options.full { None } else { find_parent(repository, descent, events).await? };
+    let parent =
+        if options.full { None } else { find_parent(repository, descent, client.started().await?, events).await? };
     let parent_id = parent.as_ref().map(|parent| parent.id);
     let copied = copy::run(&task, &walk, &outside, parent, events).await?;
     let stopped = client.stop_backup(server.version).await?;
@@ -110,8 +112,13 @@ pub async fn run(repository: &Repository, options: &Options, events: &Events) ->
 }
 
 /// A last backup that cannot be read must not stand in the way of a new one.
-async fn find_parent(repository: &Repository, descent: Descent, events: &Events) -> Result<Option<Parent>> {
-    match Parent::find(repository, descent).await {
+async fn find_parent(
+    repository: &Repository,
+    descent: Descent,
+    server_started: Timestamp,
+    events: &Events,
+) -> Result<Option<Parent>> {
+    match Parent::find(repository, descent, server_started).await {
         Err(error) if error.kind() == Kind::Damaged => {
             events.warning(format!("the last backup cannot be built on, everything is stored anew: {error}"));
             Ok(None)
@@ -217,7 +224,7 @@ async fn commit(
     (server, control): (&Server, &ControlFile),
     walk: &Walk,
     (copied, parent): (Copied, Option<BackupId>),
-    (started_at, stopped): (crate::model::Timestamp, Stopped),
+    (started_at, stopped): (Timestamp, Stopped),
 ) -> Result<BackupHead> {
     let mut writer = ManifestWriter::new(repository.descriptor().codec);
     copied.packs.iter().try_for_each(|pack| writer.add(&Line::Pack(*pack)))?;

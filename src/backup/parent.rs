@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 
 use crate::error::Result;
-use crate::model::{BackupId, Generation, Lsn, PackId, SystemId, Timeline};
+use crate::model::{BackupId, Generation, Lsn, PackId, SystemId, Timeline, Timestamp};
 use crate::repository::manifest::{BackupHead, FileEntry, Line, REGION};
 use crate::repository::{Repository, layout};
 use crate::wal::{History, WalFileName};
@@ -22,13 +22,16 @@ pub struct Parent {
     pub id: BackupId,
     /// Pages that were changed since carry this position or a later one.
     pub start: Lsn,
+    /// Every change of a page since then has moved its LSN: checksums were on, and the server has not been down since, when
+    /// tools may change pages in place (pg_checksums, pg_rewind).
+    pub exact: bool,
     pub packs: Vec<PackId>,
     files: HashMap<String, FileEntry>,
 }
 
 impl Parent {
     /// The newest backup in the server's past; `None` when there is none that could be built on.
-    pub async fn find(repository: &Repository, descent: Descent) -> Result<Option<Parent>> {
+    pub async fn find(repository: &Repository, descent: Descent, server_started: Timestamp) -> Result<Option<Parent>> {
         let Some(history) = history(repository, descent).await? else { return Ok(None) };
         let lineage = repository.lineage(descent.generation, None).await?;
         let is_past = |head: &&BackupHead| {
@@ -40,13 +43,22 @@ impl Parent {
         };
         let sound = repository.backups().await?.sound;
         match sound.iter().filter(is_past).max_by_key(|head| head.stop_lsn) {
-            Some(head) => Ok(Some(Parent::read(repository, head).await?)),
+            Some(head) => {
+                let exact = head.data_checksums && server_started < head.started_at;
+                Ok(Some(Parent { exact, ..Parent::read(repository, head).await? }))
+            }
             None => Ok(None),
         }
     }
 
     async fn read(repository: &Repository, head: &BackupHead) -> Result<Parent> {
-        let mut parent = Parent { id: head.backup_id, start: head.start_lsn, packs: Vec::new(), files: HashMap::new() };
+        let mut parent = Parent {
+            id: head.backup_id,
+            start: head.start_lsn,
+            exact: false,
+            packs: Vec::new(),
+            files: HashMap::new(),
+        };
         let mut broken = false;
         repository
             .read_manifest(head.backup_id, |line| {
@@ -75,7 +87,7 @@ impl Parent {
     #[cfg(test)]
     pub fn of(id: BackupId, start: Lsn, copied: &super::copy::Copied) -> Parent {
         let files = copied.files.iter().map(|file| (file.path.clone(), file.clone())).collect();
-        Parent { id, start, packs: copied.packs.clone(), files }
+        Parent { id, start, exact: true, packs: copied.packs.clone(), files }
     }
 
     pub fn file(&self, path: &str) -> Option<&FileEntry> {

@@ -55,7 +55,7 @@ impl Disk {
 
     fn change(&mut self, path: &str) {
         self.lsn += 8;
-        let (lsn, what) = (self.lsn, self.chance.below(8));
+        let (lsn, what) = (self.lsn, self.chance.below(9));
         let mut pages = self.files.remove(path).unwrap_or_default();
         match what {
             // Grows, by pages that were written or by zeros.
@@ -75,10 +75,17 @@ impl Disk {
                     }
                 }
             }
+            // A page rots on the disk: its checksum does not hold any more, and nothing says that it has changed.
+            7 => {
+                if !pages.is_empty() {
+                    let block = self.chance.below(pages.len() as u64) as usize;
+                    pages[block][4000] ^= 1;
+                }
+            }
             // Dropped, and the path used again by a file whose pages are older than the last backup: CREATE DATABASE by
             // copying files, under the same number.
             _ => {
-                let old = self.chance.below(lsn) + 1;
+                let old = (1 << 20) + self.chance.below(lsn - (1 << 20));
                 let length = [pages.len() as u64, self.chance.below(200)][self.chance.below(2) as usize];
                 pages = (0..length as usize).map(|block| self.page(block, old)).collect();
                 // Some of it has been written to since.
@@ -166,7 +173,7 @@ async fn live(seed: u64) -> Sum {
     let clock = Clock::system();
     let store: Arc<dyn Store> = Arc::new(Adapter::memory());
     let (repository, _) = Repository::init(store, Codec::default(), &clock).await.expect("made");
-    let mut disk = Disk { files: BTreeMap::new(), lsn: 1000, chance: Chance(seed) };
+    let mut disk = Disk { files: BTreeMap::new(), lsn: 1 << 21, chance: Chance(seed) };
     let paths = ["16384", "16385", "16384_vm"];
     let mut kept: Vec<(Copied, BTreeMap<String, Vec<u8>>)> = Vec::new();
     let mut parent: Option<Parent> = None;

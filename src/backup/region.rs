@@ -19,6 +19,10 @@ const REREADS: u32 = 5;
 /// A region is stored anew once its patches would be more than this many, or hold more than this many pages: a quarter.
 /// So a restore reads a quarter more than after a full backup, at most, whatever came before.
 const PATCHES_MAX: usize = 8;
+
+/// No record lies before the first segment, however small that is: lower positions on pages are special (`GistBuildLSN`).
+const FIRST: Lsn = Lsn(1 << 20);
+
 const PATCHED_PAGES_MAX: u32 = 32;
 
 /// What to read and how to look at it.
@@ -100,7 +104,9 @@ pub fn read(job: &Job) -> Result<Read> {
 /// Packs bytes that are in memory, or finds that the last backup has them.
 pub fn pack(plain: &[u8], codec: Codec, known: Option<&Known>, damaged: Vec<u32>) -> Result<Read> {
     let crc = crc32c::crc32c(plain);
-    let content = match known.filter(|known| known.region.plain as usize == plain.len()) {
+    // What is damaged is stored as it is: neither the last backup nor the page's own word tells what it was.
+    let usable = known.filter(|known| known.region.plain as usize == plain.len() && damaged.is_empty());
+    let content = match usable {
         Some(known) => compare(plain, crc, codec, known)?,
         None => Content::Whole(Packed::of(plain, codec)?),
     };
@@ -118,8 +124,8 @@ fn compare(plain: &[u8], crc: u32, codec: Codec, known: &Known) -> Result<Conten
     let (mut changed, mut unknown) = (Pages::default(), Pages::default());
     for (number, page) in (0u32..).zip(pages) {
         match page::lsn(page) {
-            // Never written, or zeroed: nothing says since when.
-            Lsn(0) => unknown.add(number),
+            // Never written, zeroed, or of an index that was built without WAL: nothing says since when.
+            lsn if lsn < FIRST => unknown.add(number),
             lsn if lsn >= since => changed.add(number),
             _ => (),
         }

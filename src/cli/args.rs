@@ -59,6 +59,8 @@ pub enum Command {
     Verify(Verify),
     /// Delete old backups, and WAL nobody needs
     Prune(Prune),
+    /// Prove that the newest state can be restored: in a sandbox, with PostgreSQL's own checks
+    Drill(Drill),
     /// Keep a backup whatever the rules of `prune` say
     Pin(Pin),
     /// Let the rules of `prune` decide on a backup again
@@ -137,6 +139,15 @@ pub struct Keep {
     /// How often to take a base backup
     #[arg(long, value_name = "DURATION", value_parser = parse_duration, env = "PERENNIAL_BACKUP_EVERY", hide_env_values = true)]
     pub backup_every: Option<Duration>,
+    /// How often to prove with a drill that the newest state can be restored; 0 for never [default: 0]
+    #[arg(long, value_name = "DURATION", value_parser = parse_duration, env = "PERENNIAL_DRILL_EVERY", hide_env_values = true)]
+    pub drill_every: Option<Duration>,
+    /// Directory for drills, on a disk with room for the whole database
+    #[arg(long, value_name = "DIR", env = "PERENNIAL_DRILL_IN", hide_env_values = true)]
+    pub drill_in: Option<PathBuf>,
+    /// A statement that must say true in the restored database; may be given several times
+    #[arg(long, value_name = "SQL")]
+    pub drill_check: Vec<String>,
     /// What is kept of old backups; without any rule nothing is ever deleted
     #[command(flatten)]
     pub retention: Retention,
@@ -316,6 +327,9 @@ pub struct WalFetch {
     /// Fetch only this file, nothing ahead
     #[arg(long)]
     pub no_prefetch: bool,
+    /// Refuse WAL in which a tablespace is made: replaying it would go to a directory outside the sandbox of a drill
+    #[arg(long, hide = true)]
+    pub no_new_tablespaces: bool,
 }
 
 #[derive(Debug, Clone, Copy, ClapArgs)]
@@ -393,6 +407,35 @@ pub struct Prune {
     /// Show what would go, and change nothing
     #[arg(long)]
     pub dry_run: bool,
+}
+
+#[derive(Debug, ClapArgs)]
+pub struct Drill {
+    /// Directory on a disk with room for the whole database; the sandbox is made in it and removed afterwards [default: the
+    /// directory for temporary files]
+    #[arg(long = "in", value_name = "DIR")]
+    pub directory: Option<PathBuf>,
+    /// Restore a time of the past instead of the newest state
+    #[arg(long, value_name = "TIME")]
+    pub to_time: Option<Timestamp>,
+    /// A statement that must say true in the restored database; may be given several times
+    #[arg(long, value_name = "SQL")]
+    pub check: Vec<String>,
+    /// The database for --check [default: postgres]
+    #[arg(long, value_name = "NAME")]
+    pub database: Option<String>,
+    /// Do not look at every table and index with amcheck
+    #[arg(long)]
+    pub no_amcheck: bool,
+    /// Load the libraries that the cluster preloads (shared_preload_libraries); without this their workers do not run
+    #[arg(long)]
+    pub preload: bool,
+    /// Leave the sandbox there
+    #[arg(long)]
+    pub keep: bool,
+    /// Directory of PostgreSQL's programs [default: found by the backup's major version]
+    #[arg(long, value_name = "DIR", env = "PERENNIAL_PG_BINDIR", hide_env_values = true)]
+    pub pg_bindir: Option<PathBuf>,
 }
 
 #[derive(Debug, ClapArgs)]

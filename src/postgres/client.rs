@@ -197,6 +197,12 @@ impl Client {
         Ok(self.text("pg_current_wal_flush_lsn()").await?.parse()?)
     }
 
+    /// When the server was started, by its own clock.
+    pub async fn started(&self) -> Result<Timestamp> {
+        let micros = "(extract(epoch FROM pg_postmaster_start_time()) * 1000000)::bigint";
+        Ok(Timestamp::from_unix_micros(self.parsed(micros).await?))
+    }
+
     /// The server's own clock.
     pub async fn now(&self) -> Result<Timestamp> {
         let micros = self.parsed("(extract(epoch FROM clock_timestamp()) * 1000000)::bigint").await?;

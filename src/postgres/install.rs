@@ -33,7 +33,10 @@ impl Install {
             .and_then(|number| number.split(|c: char| !c.is_ascii_digit()).next()?.parse().ok());
         let version =
             major.ok_or_else(|| Error::postgres(format!("{} --version says '{}'", postgres.display(), text.trim())))?;
-        Ok(Install { bin_dir: bin_dir.to_owned(), version: Version::of(version)? })
+        // A link of one program stands for the directory where all of them are.
+        let real = std::fs::canonicalize(&postgres).on("resolve", &postgres)?;
+        let bin_dir = real.parent().unwrap_or(bin_dir).to_owned();
+        Ok(Install { bin_dir, version: Version::of(version)? })
     }
 
     /// The installation for a data directory of `major`, or the newest one for a new cluster. `bin_dir` (a setting) is

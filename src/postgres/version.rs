@@ -15,6 +15,8 @@ pub struct Version {
     pub stop_backup: &'static str,
     /// `PostgreSQL-Backup-Manifest-Version`; version 2 names the system identifier (backup/backup_manifest.c).
     pub manifest_version: u32,
+    /// Whether statistics are kept in files while the server runs (`stats_temp_directory`, gone in 15).
+    pub has_statistics_files: bool,
     /// Empty directories below `pg_wal` that the server expects.
     pub wal_directories: &'static [&'static str],
 }
@@ -34,6 +36,7 @@ const fn version(major: u32, control: (u32, usize), modern: bool, manifest_versi
         start_backup: if modern { START } else { OLD_START },
         stop_backup: if modern { STOP } else { OLD_STOP },
         manifest_version,
+        has_statistics_files: !modern,
         wal_directories: if manifest_version == 1 { STATUS_ONLY } else { STATUS_AND_SUMMARIES },
     }
 }

@@ -9,6 +9,7 @@ pub const GENERATIONS: &str = "generations";
 pub const PACKS: &str = "packs";
 pub const BACKUPS: &str = "backups";
 pub const PRUNES: &str = "prunes";
+pub const DRILLS: &str = "drills";
 
 pub fn generation_dir(generation: Generation) -> String {
     format!("{GENERATIONS}/{}", generation.padded())
@@ -82,6 +83,11 @@ pub fn pack(pack: PackId) -> String {
 /// The record of one prune. Names sort by time.
 pub fn prune(at: Timestamp, id: WriteId) -> String {
     format!("{PRUNES}/{:016x}-{id}", at.unix_micros().max(0))
+}
+
+/// The record of one drill. Names sort by time.
+pub fn drill(at: Timestamp, id: WriteId) -> String {
+    format!("{DRILLS}/{:016x}-{id}", at.unix_micros().max(0))
 }
 
 /// The generation of a `generations/…` directory.

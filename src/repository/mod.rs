@@ -6,6 +6,7 @@
 pub mod codec;
 mod descriptor;
 mod document;
+mod drill;
 mod envelope;
 mod generation;
 pub mod layout;
@@ -28,6 +29,7 @@ use crate::storage::{Body, Created, Store, probe, read_small};
 
 pub use codec::Codec;
 pub use descriptor::Descriptor;
+pub use drill::DrillRecord;
 pub use generation::{Claim, Lineage, NewWriter, tips};
 pub use prune::PruneRecord;
 pub use region::{Pages, Patch, Region};
@@ -42,6 +44,8 @@ pub struct Repository {
     store: Arc<dyn Store>,
     descriptor: Descriptor,
     clock: Clock,
+    /// Logs that were found sealed: they stay as they were, and every look at a history comes by them again.
+    sealed: log::Sealed,
 }
 
 /// What is known of the place a repository should be at.
@@ -60,7 +64,7 @@ impl Repository {
     pub async fn find(store: Arc<dyn Store>, clock: &Clock) -> Result<Found> {
         if let Some(bytes) = read_small(&*store, layout::DESCRIPTOR, DOCUMENT_MAX).await? {
             let descriptor = Descriptor::parse(&bytes, &store.url(layout::DESCRIPTOR))?;
-            return Ok(Found::Repository(Repository { store, descriptor, clock: clock.clone() }));
+            return Ok(Found::Repository(Repository::with(store, descriptor, clock)));
         }
         let level = store.list_level("").await?;
         if level.directories.is_empty() && level.entries.is_empty() {
@@ -86,9 +90,13 @@ impl Repository {
         }
     }
 
+    fn with(store: Arc<dyn Store>, descriptor: Descriptor, clock: &Clock) -> Repository {
+        Repository { store, descriptor, clock: clock.clone(), sealed: log::Sealed::default() }
+    }
+
     /// Takes a descriptor known from before, so that nothing need be asked.
     pub fn assume(store: Arc<dyn Store>, descriptor: Descriptor, clock: &Clock) -> Repository {
-        Repository { store, descriptor, clock: clock.clone() }
+        Repository::with(store, descriptor, clock)
     }
 
     /// Makes a new repository in an empty place, after a probe of the store. One that is there already is opened.
@@ -100,7 +108,7 @@ impl Repository {
         let descriptor = Descriptor::new(codec, clock);
         let created = store.create(layout::DESCRIPTOR, &Body::from(descriptor.to_bytes()?)).await?;
         match created {
-            Created::Now => Ok((Repository { store, descriptor, clock: clock.clone() }, created)),
+            Created::Now => Ok((Repository::with(store, descriptor, clock), created)),
             Created::AlreadyThere => Ok((Repository::open(store, clock).await?, created)),
         }
     }

@@ -63,6 +63,11 @@ impl Repository {
         self.put_note(&layout::tombstone(id), &self.note("tombstone", None)).await
     }
 
+    /// The backup exists again: nothing of it has gone yet.
+    pub async fn take_tombstone_back(&self, id: BackupId) -> Result<()> {
+        self.store.delete(&layout::tombstone(id)).await
+    }
+
     /// Keeps a backup whatever the rules say.
     pub async fn pin(&self, id: BackupId, reason: &str) -> Result<()> {
         let note = self.note("pin", Some(reason.to_owned()));

@@ -70,7 +70,7 @@ impl Repository {
             lowest_xid: head.lowest_xid,
             highest_xid: head.highest_xid,
             restore_points: head.restore_points,
-            records: 0,
+            ..SegmentFacts::default()
         };
         Ok(Known { at: head.pushed_at, facts })
     }

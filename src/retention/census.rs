@@ -1,22 +1,22 @@
 //! Everything a prune has to know, listed once.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use crate::error::{Error, Result};
-use crate::model::{BackupId, Generation, Timestamp};
+use crate::model::{BackupId, Generation, Lsn, Timeline, Timestamp};
 use crate::repository::manifest::{BackupHead, BackupObjects};
 use crate::repository::reach::{Coverage, View};
 use crate::repository::{Claim, Lineage, Repository, WalIndex, WalListing, layout, tips};
-use crate::wal::WalFileName;
+use crate::wal::{History, WalFileName};
 
-use super::policy::{Candidate, Way};
+use super::policy::{Candidate, Departure, Way};
 
 /// One history: a newest generation with its ancestors, and their WAL.
 pub struct Branch {
     lineage: Lineage,
     index: WalIndex,
     /// Its newest timeline.
-    timeline: crate::model::Timeline,
+    timeline: Timeline,
 }
 
 impl Branch {
@@ -28,6 +28,7 @@ impl Branch {
 
 pub struct Census {
     pub newest: Generation,
+    claims: Vec<Claim>,
     pub objects: BTreeMap<BackupId, BackupObjects>,
     /// Of all backups that have a manifest, deleted ones too.
     pub heads: Vec<BackupHead>,
@@ -53,19 +54,19 @@ impl Census {
         }
         let listed = repository.list_wal(claims.iter().map(|claim| claim.generation)).await?;
         let main = branch(repository, &claims, newest, &listed).await?;
-        let mut census = Census { newest, objects, heads, listed, main, left_behind: BTreeMap::new() };
-        census.find_left_behind(repository, &claims).await?;
+        let mut census = Census { newest, claims, objects, heads, listed, main, left_behind: BTreeMap::new() };
+        census.find_left_behind(repository).await?;
         Ok(Some(census))
     }
 
-    async fn find_left_behind(&mut self, repository: &Repository, claims: &[Claim]) -> Result<()> {
+    async fn find_left_behind(&mut self, repository: &Repository) -> Result<()> {
         let off: Vec<BackupHead> =
             self.heads.iter().filter(|head| !matches!(self.main_coverage(head), Ok(Some(_)))).cloned().collect();
         for head in off {
-            let mut ends: Vec<Generation> = tips(claims);
+            let mut ends: Vec<Generation> = tips(&self.claims);
             ends.push(head.generation);
             for end in ends.into_iter().filter(|end| *end != self.newest) {
-                let Some(branch) = branch(repository, claims, end, &self.listed).await? else { continue };
+                let Some(branch) = branch(repository, &self.claims, end, &self.listed).await? else { continue };
                 if branch.view()?.coverage_of(&head).is_some() {
                     self.left_behind.insert(head.backup_id, branch);
                     break;
@@ -83,6 +84,47 @@ impl Census {
         }
     }
 
+    /// Where and when the way to the newest state left `timeline`: when the timeline that goes on from there began. What is
+    /// not known was left just now.
+    pub fn left_at(&self, timeline: Timeline) -> Result<Departure> {
+        let claimed = |generation| self.claims.iter().find(|claim| claim.generation == generation);
+        let newest = claimed(self.newest).map_or(Timestamp::from_unix_micros(i64::MAX), |claim| claim.claimed_at);
+        let unknown = Departure { fork: Lsn(0), at: newest };
+        let Some(main) = &self.main else { return Ok(unknown) };
+        let view = main.view()?;
+        let descent = main.index.history(timeline).unwrap_or(History::root(timeline));
+        let past = descent.switches.iter().rev().map(|switch| switch.timeline);
+        let spans: Vec<_> = view.history.spans().collect();
+        for ancestor in std::iter::once(timeline).chain(past) {
+            let Some(place) = spans.iter().position(|(of, ..)| *of == ancestor) else { continue };
+            let Some((next, fork, _)) = spans.get(place + 1) else { return Ok(unknown) };
+            let began = |listing: &&WalListing| {
+                let history = layout::wal_file(listing.generation, WalFileName::History(*next));
+                view.lineage.contains(listing.generation) && listing.entries.iter().any(|entry| entry.key == history)
+            };
+            let by = self.listed.iter().filter(began).map(|listing| listing.generation).min().and_then(claimed);
+            return Ok(Departure { fork: *fork, at: by.map_or(newest, |claim| claim.claimed_at) });
+        }
+        Ok(unknown)
+    }
+
+    /// Where whole segments were left behind.
+    pub fn departures(&self) -> Result<Vec<Departure>> {
+        let Some(main) = &self.main else { return Ok(Vec::new()) };
+        let view = main.view()?;
+        let mut timelines = BTreeSet::new();
+        for listing in &self.listed {
+            for (_, name) in listing.entries.iter().filter_map(|entry| layout::parse_wal_file(&entry.key)) {
+                let WalFileName::Segment(name) = name else { continue };
+                let Some(number) = name.number(view.segment_size()) else { continue };
+                if !(view.lineage.contains(listing.generation) && view.is_on_the_way(name.timeline, number)) {
+                    timelines.insert(name.timeline);
+                }
+            }
+        }
+        timelines.into_iter().map(|timeline| self.left_at(timeline)).collect()
+    }
+
     pub fn is_deleted(&self, id: BackupId) -> bool {
         self.objects.get(&id).is_some_and(|of| of.tombstone.is_some())
     }
@@ -96,7 +138,10 @@ impl Census {
     pub async fn candidates(&self, repository: &Repository) -> Result<Vec<Candidate>> {
         let mut candidates = Vec::new();
         for head in self.heads.iter().filter(|head| !self.is_deleted(head.backup_id)) {
-            let way = self.main_coverage(head)?.map_or(Way::LeftBehind, |to| Way::Main { through: to.through });
+            let way = match self.main_coverage(head)? {
+                Some(to) => Way::Main { through: to.through },
+                None => Way::LeftBehind { at: self.left_at(head.timeline)?.at },
+            };
             let mut pins = Vec::new();
             for pin in self.objects.get(&head.backup_id).into_iter().flat_map(|of| &of.pins) {
                 pins.push(repository.pin_reason(pin).await?);
@@ -104,6 +149,7 @@ impl Census {
             candidates.push(Candidate {
                 id: head.backup_id,
                 start: head.start_lsn,
+                stop: head.stop_lsn,
                 started_at: head.started_at,
                 stopped_at: head.stopped_at,
                 way,

@@ -72,8 +72,8 @@ pub async fn prune(repository: &Repository, options: &Options, events: &Events) 
     let newest_stop = candidates.iter().map(|candidate| candidate.stopped_at).max();
     // A clock that was put back must not make everything look young, nor the future old.
     let now = newest_stop.map_or(clock.now(), |stop| stop.max(clock.now()));
-    let plan = policy::decide(&candidates, &options.keep, now);
-    let goes: Vec<BackupId> =
+    let plan = policy::decide(&candidates, &census.departures()?, &options.keep, options.grace, now);
+    let mut goes: Vec<BackupId> =
         plan.verdicts.iter().filter(|verdict| !verdict.stays()).map(|verdict| verdict.id).collect();
 
     let store_now = if options.dry_run {
@@ -89,6 +89,7 @@ pub async fn prune(repository: &Repository, options: &Options, events: &Events) 
     let mut census = census;
     if !options.dry_run {
         census.objects = repository.backup_objects().await?;
+        spare_pinned(repository, &mut census, &mut goes).await?;
     }
     let grace_over = store_now.earlier_by(options.grace);
     let deleted = |id: &BackupId| census.deleted_at(*id).or(goes.contains(id).then_some(store_now));
@@ -105,6 +106,18 @@ pub async fn prune(repository: &Repository, options: &Options, events: &Events) 
         events.emit(Event::Pruned { backups: goes.len() as u64, objects: report.objects, bytes: report.bytes });
     }
     Ok(report)
+}
+
+/// A pin that was put while we decided counts: whoever put it looked afterwards, and found the backup there.
+async fn spare_pinned(repository: &Repository, census: &mut Census, goes: &mut Vec<BackupId>) -> Result<()> {
+    for (id, of) in &mut census.objects {
+        if goes.contains(id) && !of.pins.is_empty() {
+            repository.take_tombstone_back(*id).await?;
+            of.tombstone = None;
+            goes.retain(|gone| gone != id);
+        }
+    }
+    Ok(())
 }
 
 fn record(repository: &Repository, census: &Census, plan: &policy::Plan, goes: &[BackupId]) -> PruneRecord {

@@ -34,6 +34,7 @@ impl Keep {
 pub struct Candidate {
     pub id: BackupId,
     pub start: Lsn,
+    pub stop: Lsn,
     pub started_at: Timestamp,
     pub stopped_at: Timestamp,
     pub way: Way,
@@ -45,8 +46,15 @@ pub struct Candidate {
 pub enum Way {
     /// Towards the newest state, without a hole up to here.
     Main { through: Lsn },
-    /// To a state that was left behind by a takeover or a restore to an earlier point, or nowhere.
-    LeftBehind,
+    /// To a state that was left behind by a takeover or a restore to an earlier point, or nowhere. When that was.
+    LeftBehind { at: Timestamp },
+}
+
+/// Where and when the history left WAL behind that somebody may want back.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Departure {
+    pub fork: Lsn,
+    pub at: Timestamp,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -101,7 +109,14 @@ pub struct Plan {
 }
 
 /// Applies the rules. `now` is the time by the clock that stamped the backups.
-pub fn decide(candidates: &[Candidate], keep: &Keep, now: Timestamp) -> Plan {
+/// `grace`: WAL stays as long, for whoever began to restore a point while it was promised.
+pub fn decide(
+    candidates: &[Candidate],
+    departures: &[Departure],
+    keep: &Keep,
+    grace: Duration,
+    now: Timestamp,
+) -> Plan {
     let mut newest_first: Vec<&Candidate> = candidates.iter().collect();
     newest_first.sort_by_key(|candidate| (std::cmp::Reverse(candidate.stopped_at), candidate.id));
     let main: Vec<&Candidate> =
@@ -111,7 +126,7 @@ pub fn decide(candidates: &[Candidate], keep: &Keep, now: Timestamp) -> Plan {
     // Whatever the rules say, the newest state must stay restorable.
     let reach = |candidate: &&&Candidate| match candidate.way {
         Way::Main { through } => (through, candidate.stopped_at),
-        Way::LeftBehind => (Lsn(0), candidate.stopped_at),
+        Way::LeftBehind { .. } => (Lsn(0), candidate.stopped_at),
     };
     reasons.add(newest_first.iter().max_by_key(reach).copied(), Reason::Newest);
     main.iter().take(keep.last as usize).for_each(|candidate| reasons.add(Some(candidate), Reason::Last));
@@ -141,16 +156,23 @@ pub fn decide(candidates: &[Candidate], keep: &Keep, now: Timestamp) -> Plan {
     let points = keep.points.map(|points| bases(&main, now.earlier_by(points)));
     points.iter().flatten().for_each(|candidate| reasons.add(Some(candidate), Reason::Points));
     let left_behind_since = now.earlier_by(age_of_left_behind(keep));
+    // What was left behind is reached from the newest backup before it was.
+    let recent = departures.iter().filter(|departure| departure.at >= left_behind_since);
+    let before: Vec<&Candidate> = recent
+        .filter_map(|departure| main.iter().find(|candidate| candidate.stop <= departure.fork).copied())
+        .collect();
+    before.iter().for_each(|candidate| reasons.add(Some(candidate), Reason::LeftBehind));
     for candidate in &newest_first {
-        if candidate.way == Way::LeftBehind && candidate.stopped_at >= left_behind_since {
+        if matches!(candidate.way, Way::LeftBehind { at } if candidate.stopped_at.max(at) >= left_behind_since) {
             reasons.add(Some(candidate), Reason::LeftBehind);
         }
         candidate.pins.iter().for_each(|why| reasons.add(Some(candidate), Reason::Pinned(why.clone())));
     }
-    let points_from = match points {
-        Some(bases) => bases.iter().map(|candidate| candidate.start).min(),
+    let points_from = match keep.points {
+        Some(points) => bases(&main, now.earlier_by(points + grace)).iter().map(|candidate| candidate.start).min(),
         None => ruled.into_iter().min(),
     };
+    let points_from = before.iter().map(|candidate| candidate.start).chain(points_from).min();
     Plan { verdicts: reasons.0.into_iter().map(|(id, reasons)| Verdict { id, reasons }).collect(), points_from }
 }
 
@@ -208,6 +230,7 @@ mod tests {
         Candidate {
             id: BackupId { generation: Generation(1), start, nonce: day as u16 },
             start,
+            stop: Lsn(start.0 + 100),
             started_at: noon.earlier_by(Duration::from_secs(60)),
             stopped_at: noon,
             way: Way::Main { through: Lsn(1_000_000_000) },
@@ -227,7 +250,7 @@ mod tests {
     fn the_newest_stays_whatever_the_rules_say() {
         let all: Vec<_> = (1..=5).map(backup).collect();
         let keep = Keep { within: Some(Duration::from_secs(1)), ..Keep::default() };
-        let plan = decide(&all, &keep, at(100));
+        let plan = decide(&all, &[], &keep, Duration::ZERO, at(100));
         assert_eq!(days(&plan), [5]);
         assert_eq!(plan.points_from, Some(Lsn(5000)));
     }
@@ -236,7 +259,7 @@ mod tests {
     fn rules_add_up() {
         let all: Vec<_> = (1..=400).map(backup).collect();
         let keep = Keep { last: 2, daily: 3, weekly: 2, monthly: 2, yearly: 2, ..Keep::default() };
-        let plan = decide(&all, &keep, at(401));
+        let plan = decide(&all, &[], &keep, Duration::ZERO, at(401));
         // Day 400 is Friday, 1971-02-05; the week before ended on day 395, January on 395, the year 1970 on 364.
         assert_eq!(days(&plan), [364, 395, 398, 399, 400]);
         let of_400 = &plan.verdicts.iter().find(|verdict| verdict.id.nonce == 400).expect("there").reasons;
@@ -248,11 +271,14 @@ mod tests {
     fn every_point_of_the_last_days_needs_one_backup_before_them() {
         let all: Vec<_> = (1..=30).map(backup).collect();
         let keep = Keep { points: Some(Duration::from_secs(7 * DAY)), monthly: 12, ..Keep::default() };
-        let plan = decide(&all, &keep, at(31));
+        let plan = decide(&all, &[], &keep, Duration::ZERO, at(31));
         assert_eq!(days(&plan), [23, 30], "day 23's is the newest that was whole at the beginning of day 24");
         assert_eq!(plan.points_from, Some(Lsn(23_000)));
-        let young = decide(&all[28..], &keep, at(31));
+        let young = decide(&all[28..], &[], &keep, Duration::ZERO, at(31));
         assert_eq!(young.points_from, Some(Lsn(29_000)), "none is old enough: the oldest");
+        let graceful = decide(&all, &[], &keep, Duration::from_secs(DAY), at(31));
+        assert_eq!(days(&graceful), [23, 30]);
+        assert_eq!(graceful.points_from, Some(Lsn(22_000)), "whoever restores a point of a day ago finds its WAL");
     }
 
     #[test]
@@ -270,18 +296,30 @@ mod tests {
             };
         }
         let keep = Keep { points: Some(Duration::from_secs(7 * DAY)), ..Keep::default() };
-        assert_eq!(days(&decide(&all, &keep, at(31))), [23, 27, 30]);
+        assert_eq!(days(&decide(&all, &[], &keep, Duration::ZERO, at(31))), [23, 27, 30]);
     }
 
     #[test]
     fn pins_and_what_was_left_behind_lately_stay() {
         let mut all: Vec<_> = (1..=30).map(backup).collect();
         all[2].pins.push("before the migration".to_owned());
-        all[4].way = Way::LeftBehind;
-        all[28].way = Way::LeftBehind;
+        all[3].way = Way::LeftBehind { at: at(26) };
+        all[4].way = Way::LeftBehind { at: at(20) };
+        all[28].way = Way::LeftBehind { at: at(20) };
         let keep = Keep { last: 1, ..Keep::default() };
-        let plan = decide(&all, &keep, at(31));
-        assert_eq!(days(&plan), [3, 29, 30]);
+        let plan = decide(&all, &[], &keep, Duration::ZERO, at(31));
+        assert_eq!(days(&plan), [3, 4, 29, 30], "day 4's was left five days ago, day 5's ten");
         assert_eq!(plan.points_from, Some(Lsn(30_000)), "a pin keeps a backup, not all WAL since");
+    }
+
+    #[test]
+    fn what_a_restore_left_behind_lately_can_still_be_reached() {
+        let all: Vec<_> = (1..=30).map(backup).collect();
+        let keep = Keep { last: 1, ..Keep::default() };
+        let left = |day| [Departure { fork: Lsn(10_500), at: at(day) }];
+        let plan = decide(&all, &left(29), &keep, Duration::ZERO, at(31));
+        assert_eq!(days(&plan), [10, 30]);
+        assert_eq!(plan.points_from, Some(Lsn(10_000)), "with the WAL up to where it was left");
+        assert_eq!(days(&decide(&all, &left(20), &keep, Duration::ZERO, at(31))), [30]);
     }
 }

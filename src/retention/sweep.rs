@@ -64,7 +64,7 @@ pub async fn find(
         census.heads.iter().filter(|head| !gone.contains(&head.backup_id)).collect()
     };
     let needs_now = needs(census, plan, &stays(&over.now))?;
-    let mut garbage = Garbage { wal: wal(census, &needs_now, &options.keep, now)?, ..Garbage::default() };
+    let mut garbage = Garbage { wal: wal(census, plan, &needs_now, &options.keep, now)?, ..Garbage::default() };
     if plan.points_from.is_some() {
         garbage.logs = logs(repository, census, &needs_now, &options.keep, now).await?;
     }
@@ -76,7 +76,7 @@ pub async fn find(
     }
     let sizes = |entries: &[Entry]| entries.iter().map(|entry| entry.size).sum::<u64>();
     let packs = packs(repository, census, over, now, now.earlier_by(options.grace)).await?;
-    let wal_later = wal(census, &needs(census, plan, &stays(&over.later))?, &options.keep, now)?;
+    let wal_later = wal(census, plan, &needs(census, plan, &stays(&over.later))?, &options.keep, now)?;
     let of_later = census.objects.iter().filter(|(id, _)| over.later.contains(id) && !over.now.contains(id));
     let of_later: u64 = of_later.map(|(_, of)| sizes(&in_order(of))).sum();
     let later = of_later + packs.later + sizes(&wal_later).saturating_sub(sizes(&garbage.wal));
@@ -116,8 +116,9 @@ fn needs(census: &Census, plan: &Plan, needed: &[&BackupHead]) -> Result<Needs> 
 }
 
 /// Segments nobody needs. What lies on no way to the newest state goes by age alone.
-fn wal(census: &Census, needs: &Needs, keep: &Keep, now: Timestamp) -> Result<Vec<Entry>> {
-    let Some(main) = &census.main else { return Ok(Vec::new()) };
+fn wal(census: &Census, plan: &Plan, needs: &Needs, keep: &Keep, now: Timestamp) -> Result<Vec<Entry>> {
+    // Without a backup on the way nobody can say what its WAL is needed for: by the first one, perhaps, that is under way.
+    let (Some(main), Some(_)) = (&census.main, plan.points_from) else { return Ok(Vec::new()) };
     let view = main.view()?;
     let size = view.segment_size();
     let old = now.earlier_by(age_of_left_behind(keep));
@@ -133,7 +134,9 @@ fn wal(census: &Census, needs: &Needs, keep: &Keep, now: Timestamp) -> Result<Ve
             let Some(number) = segment.number(size) else { continue };
             let on_the_way = view.lineage.contains(listing.generation) && view.is_on_the_way(segment.timeline, number);
             let needed = needs.has(listing.generation, segment.timeline, number);
-            if !needed && (on_the_way || entry.modified <= old) {
+            let is_old =
+                || -> Result<bool> { Ok(entry.modified <= old && census.left_at(segment.timeline)?.at <= old) };
+            if !needed && (on_the_way || is_old()?) {
                 garbage.push(entry.clone());
             }
         }
@@ -168,7 +171,9 @@ async fn logs(
         if numbers.any(has_more) {
             continue;
         }
-        if on_the_way || repository.log_written_at(*generation).await?.is_none_or(|written| written <= old) {
+        let long_left = census.left_at(run.timeline)?.at <= old;
+        let long_written = repository.log_written_at(*generation).await?.is_none_or(|written| written <= old);
+        if on_the_way || (long_left && long_written) {
             garbage.push(*generation);
         }
     }
@@ -189,12 +194,15 @@ async fn packs(
     now: Timestamp,
     grace_over: Timestamp,
 ) -> Result<DeadPacks> {
-    let under_way = census.objects.iter().filter(|(id, of)| is_under_way(census, **id, of, now));
+    let listed: Vec<Entry> = repository.store().list(layout::PACKS, None).try_collect().await?;
+    // Anew, and after the packs: a backup that has ended meanwhile speaks for its own by its manifest.
+    let objects = repository.backup_objects().await?;
+    let under_way = objects.iter().filter(|(id, of)| is_under_way(census, **id, of, now));
     let begun = under_way.filter_map(|(_, of)| of.begun.as_ref().map(|begun| begun.modified)).min();
     let may_be_new = |entry: &Entry| entry.modified > grace_over || begun.is_some_and(|begun| entry.modified >= begun);
     let (mut marked, mut marked_later): (BTreeSet<PackId>, BTreeSet<PackId>) = Default::default();
-    let needed = census.heads.iter().map(|head| head.backup_id).filter(|id| !over.now.contains(id));
-    let reads = needed.map(|id| async move { Ok::<_, Error>((id, repository.packs_of(id).await?)) });
+    let needed = objects.iter().filter(|(id, of)| of.manifest.is_some() && !over.now.contains(id));
+    let reads = needed.map(|(id, _)| async move { Ok::<_, Error>((*id, repository.packs_of(*id).await?)) });
     let mut reads = futures::stream::iter(reads).buffer_unordered(PARALLEL);
     while let Some((id, packs)) = reads.try_next().await? {
         if !over.later.contains(&id) {
@@ -203,8 +211,7 @@ async fn packs(
         marked.extend(packs);
     }
     let mut dead = DeadPacks { now: Vec::new(), later: 0 };
-    let mut listing = repository.store().list(layout::PACKS, None);
-    while let Some(entry) = listing.try_next().await? {
+    for entry in listed {
         let Some(pack) = layout::parse_pack(&entry.key) else { continue };
         match (marked.contains(&pack), marked_later.contains(&pack)) {
             (false, _) if !may_be_new(&entry) => dead.now.push(entry),

@@ -65,6 +65,8 @@ pub struct Options {
     /// How long a stop may take.
     pub grace: Duration,
     pub backup_every: Duration,
+    /// Proofs that the newest state can be restored.
+    pub drill: Option<Drills>,
     /// What is kept of old backups; no rule: everything.
     pub keep: Keep,
     pub prune_grace: Duration,
@@ -82,6 +84,15 @@ pub struct Options {
     pub host: String,
     /// Words of the command with which PostgreSQL calls back: program, `wal fetch`, repository.
     pub fetch_command: Vec<String>,
+}
+
+/// Drills by schedule.
+#[derive(Debug, Clone)]
+pub struct Drills {
+    pub every: Duration,
+    pub directory: PathBuf,
+    /// Statements that must say true.
+    pub checks: Vec<String>,
 }
 
 /// What happens once too much WAL waits for a repository that cannot be reached.

@@ -6,11 +6,12 @@ use tokio::sync::watch;
 
 use crate::archive::push::Pusher;
 use crate::backup;
+use crate::drill;
 use crate::error::{Kind, Result};
 use crate::events::{Event, Events};
 use crate::model::{BackupId, Timestamp};
 use crate::repository::Writer;
-use crate::restore::Reachable;
+use crate::restore::{Reachable, Target};
 use crate::retention;
 use crate::status::Board;
 
@@ -91,12 +92,47 @@ pub(super) async fn follow(
         board.generation(pusher.writer.claim.generation);
         tokio::select! {
             ended = backups(options, &pusher, begins_anew, (events, board)) => return ended,
+            () = drills(options, &pusher, events) => (),
             changed = writer.changed() => {
                 if changed.is_err() {
                     return std::future::pending().await;
                 }
                 begins_anew = true;
             }
+        }
+    }
+}
+
+/// Drills for as long as the server runs. How one goes is told as it ends; one that could not be held is told too.
+async fn drills(options: &Options, pusher: &Pusher, events: &Events) {
+    let Some(drills) = &options.drill else { return std::future::pending().await };
+    let repository = &pusher.repository;
+    let wanted = drill::Options {
+        directory: drills.directory.clone(),
+        target: Target::Newest,
+        amcheck: true,
+        assertions: drills.checks.clone(),
+        database: None,
+        user: options.connect.user.clone(),
+        preload: false,
+        keep: false,
+        pg_bindir: options.pg_bindir.clone(),
+        search_path: options.search_path.clone(),
+        fetch_command: options.fetch_command.clone(),
+    };
+    loop {
+        let held = async {
+            let last = drill::last(repository).await?.map(|(at, _)| at);
+            repository.clock().sleep(until_due(last, repository.clock().now(), drills.every)).await;
+            // Before the first backup there is nothing to prove.
+            while last_backup(pusher).await?.is_none() {
+                repository.clock().sleep(FIRST_RETRY).await;
+            }
+            drill::run(repository, &wanted, events).await
+        };
+        if let Err(error) = held.await {
+            events.warning(format!("no drill could be held: {error}"));
+            repository.clock().sleep(LONGEST_RETRY).await;
         }
     }
 }

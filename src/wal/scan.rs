@@ -20,6 +20,10 @@ const FIRST_IS_OVERWRITE_CONTRECORD: u16 = 0x8;
 
 const RM_XLOG: u8 = 0;
 const RM_XACT: u8 = 1;
+const RM_TBLSPC: u8 = 5;
+/// `XLR_INFO_MASK`: bits of a record's info that say nothing of what it does.
+const GENERAL_BITS: u8 = 0x0F;
+const TBLSPC_CREATE: u8 = 0x00;
 const XLOG_SWITCH: u8 = 0x40;
 const XLOG_RESTORE_POINT: u8 = 0x70;
 const XACT_OPERATION: u8 = 0x70;
@@ -81,6 +85,10 @@ pub struct SegmentFacts {
     pub highest_xid: Option<u32>,
     pub restore_points: Vec<RestorePoint>,
     pub records: u64,
+    /// It ends with a switch to the next segment.
+    pub switched: bool,
+    /// A tablespace is made in it, or may be: the kind of a record that runs over the edge cannot always be told.
+    pub makes_tablespace: bool,
 }
 
 /// Bytes kept of a record: enough for the header and the start of the data of those we look into.
@@ -151,6 +159,11 @@ pub fn find_transaction_end(name: SegmentName, bytes: &[u8], xid: u32) -> Result
     // Of a segment that is not whole, the end of what is there is the end.
     let _ = scan.run();
     Ok(scan.found)
+}
+
+/// By the info and the resource manager of a record (commands/tablespace.h, access/rmgrlist.h).
+fn makes_tablespace(info_and_manager: &[u8]) -> bool {
+    info_and_manager[1] == RM_TBLSPC && info_and_manager[0] & !GENERAL_BITS == TBLSPC_CREATE
 }
 
 struct PageHeader {
@@ -272,6 +285,8 @@ impl<'a> Scan<'a> {
         let mut from = at;
         while done < total {
             if from >= self.bytes.len() {
+                // Its head says what it is, as far as that is here.
+                self.facts.makes_tablespace |= kept.get(16..18).is_none_or(makes_tablespace);
                 return Ok(Step::End);
             }
             if from.is_multiple_of(PAGE) {
@@ -315,8 +330,12 @@ impl<'a> Scan<'a> {
         let end_lsn = Lsn(self.header.start.0 + align(end) as u64);
         self.facts.last_record_end = end_lsn;
         let (xid, info, manager) = (u32_at(head, 4), head[16], head[17]);
+        self.facts.makes_tablespace |= makes_tablespace(&head[16..18]);
         match (manager, info) {
-            (RM_XLOG, XLOG_SWITCH) => return true,
+            (RM_XLOG, XLOG_SWITCH) => {
+                self.facts.switched = true;
+                return true;
+            }
             (RM_XLOG, XLOG_RESTORE_POINT) => self.learn_restore_point(head, end_lsn),
             (RM_XACT, _) => self.learn_transaction(head, xid, info & XACT_OPERATION, end_lsn),
             _ => (),

@@ -16,6 +16,7 @@ mod support;
 mod agent;
 mod boots;
 mod damage;
+mod drills;
 mod live_backup;
 mod outages;
 mod retention;

@@ -42,6 +42,7 @@ struct Past {
     round: u64,
     told: Vec<(Instant, u64)>,
     died: Instant,
+    log: String,
 }
 
 impl Past {
@@ -92,10 +93,12 @@ fn torture(rpo: &str, bound: Duration) {
                 oldest.as_millis(),
                 up.as_secs_f64()
             );
+            let lines: Vec<&str> = past.log.lines().collect();
             assert!(
                 oldest <= bound,
-                "round {}: an acknowledged commit of {oldest:?} before the death is gone",
-                past.round
+                "round {}: an acknowledged commit of {oldest:?} before the death is gone; its machine's log ended with:\n{}",
+                past.round,
+                lines[lines.len().saturating_sub(30)..].join("\n")
             );
             (all_told, all_missing, worst) =
                 (all_told + past.told.len(), all_missing + missing.len(), worst.max(oldest));
@@ -111,7 +114,7 @@ fn torture(rpo: &str, bound: Duration) {
         std::thread::sleep(Duration::from_millis(300 + chance.below(4000)));
         let died = Instant::now();
         machine.vanish();
-        past = Some(Past { round, told: clients.end(), died });
+        past = Some(Past { round, told: clients.end(), died, log: machine.log() });
     }
     println!("rpo {rpo}: {all_told} acknowledged, {all_missing} missing, the oldest {} ms old", worst.as_millis());
 }

@@ -1,6 +1,6 @@
 //! `perennial agent`.
 
-use crate::cli::setup::Setup;
+use crate::cli::setup::{Setup, callback};
 use crate::cli::{args, identity, memory};
 use crate::error::Result;
 use crate::run::agent::{self, Agent};
@@ -16,7 +16,9 @@ pub fn run(setup: &Setup, mut args: args::Agent) -> Result<i32> {
         let location = run::location(setup, args.keep.url.as_deref()).await?;
         let store = setup.store(&location, Policy::default())?;
         let on_fenced = args.on_fenced.or_else(|| setup.config.on_fenced.clone());
-        let agent = Agent { options: run::options(setup, args.keep, data_dir)?, on_fenced };
+        let fetch_command = callback(&setup.global, &location, "fetch")?;
+        let options = crate::run::Options { fetch_command, ..run::options(setup, args.keep, data_dir)? };
+        let agent = Agent { options, on_fenced };
         agent::run(store, &agent, &setup.clock, &setup.events).await
     })
 }

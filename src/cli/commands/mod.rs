@@ -3,6 +3,7 @@
 mod agent;
 mod backup;
 mod demo;
+mod drill;
 mod init;
 mod list;
 mod prune;
@@ -37,6 +38,7 @@ pub fn dispatch(args: Args) -> Result<i32> {
         Command::Verify(args) => wide(verify::run(&setup, args)),
         Command::Status(args) => wide(status::run(&setup, args)),
         Command::Prune(args) => wide(prune::run(&setup, args)),
+        Command::Drill(args) => drill::run(&setup, args),
         Command::Pin(args) => wide(prune::pin(&setup, args)),
         Command::Unpin(args) => wide(prune::unpin(&setup, args)),
         Command::Demo(args) => demo::run(&setup, args),

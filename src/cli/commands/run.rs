@@ -54,10 +54,11 @@ pub fn run(setup: &Setup, mut args: args::Run) -> Result<i32> {
 }
 
 /// What `run` and `agent` have in common; the rest is as for a server that something else runs.
-pub(super) fn options(setup: &Setup, keep: args::Keep, data_dir: PathBuf) -> Result<run::Options> {
+pub(super) fn options(setup: &Setup, mut keep: args::Keep, data_dir: PathBuf) -> Result<run::Options> {
     let config = &setup.config;
     let (keep_backups, prune_grace) = super::prune::rules(setup, &keep.retention)?;
     Ok(run::Options {
+        drill: drills(setup, &mut keep)?,
         keep: keep_backups,
         prune_grace,
         data_dir,
@@ -92,6 +93,22 @@ pub(super) fn options(setup: &Setup, keep: args::Keep, data_dir: PathBuf) -> Res
         host: environment::host_name(),
         fetch_command: Vec::new(),
     })
+}
+
+fn drills(setup: &Setup, keep: &mut args::Keep) -> Result<Option<run::Drills>> {
+    let config = &setup.config;
+    let every = duration(setup, keep.drill_every, config.drill_every.as_ref(), Duration::ZERO)?;
+    if every.is_zero() {
+        return Ok(None);
+    }
+    let directory = keep.drill_in.take().or_else(|| config.drill_in.clone());
+    let directory = directory.ok_or_else(|| {
+        Error::usage("drills need a directory")
+            .hint("name one on a disk with room for the whole database: --drill-in DIR")
+    })?;
+    let given = std::mem::take(&mut keep.drill_check);
+    let checks = if given.is_empty() { config.drill_check.clone() } else { given };
+    Ok(Some(run::Drills { every, directory, checks }))
 }
 
 /// The address as given, or as the instance's metadata says.

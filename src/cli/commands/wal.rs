@@ -14,7 +14,7 @@ use crate::postgres::PostmasterFile;
 use crate::postgres::data_dir::OWN_DIR;
 use crate::repository::Repository;
 use crate::storage::Policy;
-use crate::wal::WalFileName;
+use crate::wal::{WalFileName, scan_part};
 
 /// Recovery stops for good when a fetch fails: it is tried for longer than anything else.
 const FETCH_PATIENCE: Duration = Duration::from_secs(300);
@@ -59,12 +59,29 @@ pub async fn fetch(setup: &Setup, args: args::WalFetch) -> Result<i32> {
         }
     };
     match fetched {
-        Fetched::Done => Ok(exit::DONE),
+        Fetched::Done => {
+            if args.no_new_tablespaces {
+                refuse_new_tablespaces(name, &args.path)?;
+            }
+            Ok(exit::DONE)
+        }
         Fetched::EndOfWal(why) => {
             setup.events.info(format!("end of WAL: {why}"));
             Ok(exit::END_OF_WAL)
         }
     }
+}
+
+/// PostgreSQL would make the new tablespace's link to where it is on the living machine, and replay into it.
+fn refuse_new_tablespaces(name: WalFileName, path: &Path) -> Result<()> {
+    let WalFileName::Segment(segment) = name else { return Ok(()) };
+    let content = std::fs::read(path).on("read", path)?;
+    if !scan_part(segment, &content)?.makes_tablespace {
+        return Ok(());
+    }
+    std::fs::remove_file(path).on("remove", path)?;
+    Err(Error::refused(format!("a tablespace is made in {name}, and replaying that would write outside the sandbox"))
+        .hint("take a base backup, which has the tablespace (perennial backup -D DIR); drills from then on map it into the sandbox"))
 }
 
 /// The process that fetches ahead; ends with the postmaster.

@@ -1,0 +1,79 @@
+//! Records of drills: what was restored, how long it took, what was looked at, and what was wrong.
+
+use serde::{Deserialize, Serialize};
+
+use super::{DOCUMENT_MAX, Repository, document, layout};
+use crate::error::Result;
+use crate::model::{BackupId, Timestamp, WriteId};
+use crate::storage::{Body, read_small};
+
+/// Records that are kept.
+const KEPT: usize = 100;
+
+/// `drills/<…>`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct DrillRecord {
+    /// Always `perennial/drill`.
+    pub kind: String,
+    pub format: u32,
+    pub write_id: WriteId,
+    /// When it began, by the machine's clock.
+    pub at: Timestamp,
+    pub backup: Option<BackupId>,
+    pub target: String,
+    /// Bytes of the restored files.
+    pub bytes: u64,
+    /// Until the files were there; until the server had recovered; and all of it, checks included.
+    pub restore_seconds: f64,
+    pub recovery_seconds: f64,
+    pub seconds: f64,
+    /// What was looked at and found right, and what could not be looked at.
+    pub checked: Vec<String>,
+    pub left_out: Vec<String>,
+    /// What was wrong; empty: the drill went well.
+    pub failures: Vec<String>,
+    pub cure: Option<String>,
+}
+
+impl DrillRecord {
+    pub fn begun(repository: &Repository, at: Timestamp) -> DrillRecord {
+        DrillRecord {
+            kind: "perennial/drill".to_owned(),
+            format: 1,
+            write_id: WriteId(repository.clock().random()),
+            at,
+            backup: None,
+            target: String::new(),
+            bytes: 0,
+            restore_seconds: 0.0,
+            recovery_seconds: 0.0,
+            seconds: 0.0,
+            checked: Vec::new(),
+            left_out: Vec::new(),
+            failures: Vec::new(),
+            cure: None,
+        }
+    }
+}
+
+impl Repository {
+    /// Records a drill; of the older records the last hundred stay.
+    pub async fn put_drill(&self, record: &DrillRecord) -> Result<()> {
+        let key = layout::drill(record.at, record.write_id);
+        self.store.create(&key, &Body::from(document::write(record)?)).await?;
+        let all = self.store.list_level(layout::DRILLS).await?.entries;
+        for old in &all[..all.len().saturating_sub(KEPT)] {
+            self.store.delete(&old.key).await?;
+        }
+        Ok(())
+    }
+
+    /// The record of the last drill.
+    pub async fn last_drill(&self) -> Result<Option<DrillRecord>> {
+        let Some(last) = self.store.list_level(layout::DRILLS).await?.entries.pop() else { return Ok(None) };
+        match read_small(self.store(), &last.key, DOCUMENT_MAX).await? {
+            Some(bytes) => document::read(&bytes).map(Some).map_err(|why| self.corrupt(&last.key, why)),
+            None => Ok(None),
+        }
+    }
+}
