@@ -44,8 +44,6 @@ pub struct Repository {
     store: Arc<dyn Store>,
     descriptor: Descriptor,
     clock: Clock,
-    /// Logs that were found sealed: they stay as they were, and every look at a history comes by them again.
-    sealed: log::Sealed,
 }
 
 /// What is known of the place a repository should be at.
@@ -64,7 +62,7 @@ impl Repository {
     pub async fn find(store: Arc<dyn Store>, clock: &Clock) -> Result<Found> {
         if let Some(bytes) = read_small(&*store, layout::DESCRIPTOR, DOCUMENT_MAX).await? {
             let descriptor = Descriptor::parse(&bytes, &store.url(layout::DESCRIPTOR))?;
-            return Ok(Found::Repository(Repository::with(store, descriptor, clock)));
+            return Ok(Found::Repository(Repository { store, descriptor, clock: clock.clone() }));
         }
         let level = store.list_level("").await?;
         if level.directories.is_empty() && level.entries.is_empty() {
@@ -90,13 +88,9 @@ impl Repository {
         }
     }
 
-    fn with(store: Arc<dyn Store>, descriptor: Descriptor, clock: &Clock) -> Repository {
-        Repository { store, descriptor, clock: clock.clone(), sealed: log::Sealed::default() }
-    }
-
     /// Takes a descriptor known from before, so that nothing need be asked.
     pub fn assume(store: Arc<dyn Store>, descriptor: Descriptor, clock: &Clock) -> Repository {
-        Repository::with(store, descriptor, clock)
+        Repository { store, descriptor, clock: clock.clone() }
     }
 
     /// Makes a new repository in an empty place, after a probe of the store. One that is there already is opened.
@@ -108,7 +102,7 @@ impl Repository {
         let descriptor = Descriptor::new(codec, clock);
         let created = store.create(layout::DESCRIPTOR, &Body::from(descriptor.to_bytes()?)).await?;
         match created {
-            Created::Now => Ok((Repository::with(store, descriptor, clock), created)),
+            Created::Now => Ok((Repository { store, descriptor, clock: clock.clone() }, created)),
             Created::AlreadyThere => Ok((Repository::open(store, clock).await?, created)),
         }
     }

@@ -76,7 +76,6 @@ impl Repository {
     /// Lets the entries from `from` to below the bound go. Only their writer may call it, once their WAL is in whole
     /// segments, or whoever prunes, once the log is sealed. Whatever is interrupted is done by the next call or left behind; nothing needed is missing.
     pub async fn collect_log(&self, generation: Generation, from: u64, bound: &Bound) -> Result<()> {
-        self.sealed.forget(generation);
         self.store.create(&layout::collected(generation, bound.number), &Body::from(document::write(bound)?)).await?;
         let delete = |number| {
             let (store, key) = (std::sync::Arc::clone(&self.store), layout::log_entry(generation, number));

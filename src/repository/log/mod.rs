@@ -27,7 +27,7 @@ use crate::model::{Lsn, Timeline};
 pub use append::{Appender, Durable};
 pub use collect::Bound;
 pub use entry::{Content, EntryHead};
-pub use read::{LogRun, LogView, Sealed};
+pub use read::{LogRun, LogView};
 pub use seal::Sealer;
 
 /// Entries a writer may have on their way at once. A promise of the format: at most this many entries less one can lie

@@ -1,8 +1,5 @@
 //! The reading end of a log: how far it goes, and its WAL.
 
-use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, PoisonError};
-
 use futures::{StreamExt, TryStreamExt};
 
 use super::entry::{self, Entry};
@@ -55,24 +52,6 @@ impl LogView {
     }
 }
 
-/// Logs that were found sealed, as they were found.
-#[derive(Debug, Clone, Default)]
-pub struct Sealed(Arc<Mutex<BTreeMap<Generation, LogView>>>);
-
-impl Sealed {
-    fn get(&self, generation: Generation) -> Option<LogView> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).get(&generation).cloned()
-    }
-
-    fn note(&self, view: &LogView) {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(view.generation, view.clone());
-    }
-
-    pub(super) fn forget(&self, generation: Generation) {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).remove(&generation);
-    }
-}
-
 /// The WAL of one log that can be read from its entries.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct LogRun {
@@ -109,17 +88,6 @@ impl Repository {
     }
 
     async fn look(&self, generation: Generation) -> Result<LogView> {
-        if let Some(view) = self.sealed.get(generation) {
-            return Ok(view);
-        }
-        let view = self.look_anew(generation).await?;
-        if view.seal.is_some() {
-            self.sealed.note(&view);
-        }
-        Ok(view)
-    }
-
-    async fn look_anew(&self, generation: Generation) -> Result<LogView> {
         let bound = self.log_bound(generation).await?;
         let (free, beyond) = self.first_free(generation, bound.number).await?;
         // The hole may be what was collected while we listed. If the bound has not passed it now, it was one.
@@ -175,19 +143,13 @@ impl Repository {
 
     async fn entry_head(&self, generation: Generation, number: u64) -> Result<EntryHead> {
         let key = layout::log_entry(generation, number);
-        let chunk = self.store.read(&key, 0..HEAD).await?.ok_or_else(|| self.gone(generation, &key))?;
+        let chunk = self.store.read(&key, 0..HEAD).await?.ok_or_else(|| self.missing(&key).retryable())?;
         Ok(entry::decode_head(self, generation, number, &chunk.bytes)?.0)
-    }
-
-    /// An entry that was there: whoever prunes may have collected the log since we looked.
-    fn gone(&self, generation: Generation, key: &str) -> Error {
-        self.sealed.forget(generation);
-        self.missing(key).retryable()
     }
 
     async fn entry(&self, generation: Generation, number: u64) -> Result<Entry> {
         let key = layout::log_entry(generation, number);
-        let chunk = self.store.read(&key, 0..OBJECT_MAX).await?.ok_or_else(|| self.gone(generation, &key))?;
+        let chunk = self.store.read(&key, 0..OBJECT_MAX).await?.ok_or_else(|| self.missing(&key).retryable())?;
         entry::decode(self, generation, number, &chunk.bytes)
     }
 
