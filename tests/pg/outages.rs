@@ -218,16 +218,18 @@ fn past_the_bound_commits_wait_when_told_so() {
     machine.sql("CREATE TABLE bulk (n int, text text)");
     machine.archived();
     relay.set(Line::Stalled);
-    write_wal(&machine, 60);
+    // Slow enough, it may have to wait itself.
+    let bulk = format!("INSERT INTO bulk SELECT n, repeat(md5(n::text), 30) FROM generate_series(1, {}) n", 60 * 1000);
+    let mut writing = machine.client("psql").args(["-XAtq", "-d", "postgres", "-c", &bulk]).spawn().expect("psql");
     machine.wait_for("commits wait from now on");
     let mut waiting = machine.client("psql");
     let mut waiting =
         waiting.args(["-XAtq", "-d", "postgres", "-c", "INSERT INTO bulk VALUES (-1, '')"]).spawn().expect("psql");
     wait_until("the commit waits", || {
-        machine.sql("SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'SyncRep'") == "1"
+        machine.sql("SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'SyncRep' AND query LIKE '%(-1%'") == "1"
     });
     relay.set(Line::Open);
-    assert!(waiting.wait().expect("ended").success());
+    assert!(waiting.wait().expect("ended").success() && writing.wait().expect("ended").success());
     machine.wait_for("commits do not wait any more");
     assert_eq!(machine.sql("SHOW synchronous_standby_names"), "");
 }
