@@ -43,6 +43,19 @@ fn code(text: &str) -> String {
 fn allowed() -> BTreeMap<&'static str, Vec<&'static str>> {
     let ground = ["model", "clock", "events", "error"];
     let below = |more: &[&'static str]| ground.iter().copied().chain(more.iter().copied()).collect::<Vec<_>>();
+    let operations = [
+        "disk",
+        "wal",
+        "storage",
+        "repository",
+        "postgres",
+        "archive",
+        "backup",
+        "restore",
+        "drill",
+        "retention",
+        "status",
+    ];
     BTreeMap::from([
         ("model", vec![]),
         ("error", vec!["model"]),
@@ -59,39 +72,8 @@ fn allowed() -> BTreeMap<&'static str, Vec<&'static str>> {
         ("drill", below(&["disk", "wal", "storage", "repository", "postgres", "restore"])),
         ("retention", below(&["disk", "wal", "storage", "repository"])),
         ("status", below(&["disk"])),
-        (
-            "run",
-            below(&[
-                "disk",
-                "wal",
-                "storage",
-                "repository",
-                "postgres",
-                "archive",
-                "backup",
-                "restore",
-                "drill",
-                "retention",
-                "status",
-            ]),
-        ),
-        (
-            "cli",
-            below(&[
-                "disk",
-                "wal",
-                "storage",
-                "repository",
-                "postgres",
-                "archive",
-                "backup",
-                "restore",
-                "drill",
-                "retention",
-                "status",
-                "run",
-            ]),
-        ),
+        ("run", below(&operations)),
+        ("cli", below(&[&operations[..], &["run"]].concat())),
     ])
 }
 

@@ -22,17 +22,10 @@ use crate::storage::{Adapter, Store};
 const SEEDS: u64 = 60;
 const BACKUPS: usize = 7;
 
-struct Chance(u64);
+#[path = "../../tests/support/chance.rs"]
+mod chance;
 
-impl Chance {
-    fn below(&mut self, bound: u64) -> u64 {
-        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        (z ^ (z >> 31)) % bound
-    }
-}
+use chance::Chance;
 
 /// A relation's file and its map, as pages; and where WAL is.
 struct Disk {

@@ -44,7 +44,7 @@ impl Workers {
         Ok(Workers(sender))
     }
 
-    /// Hands work out.
+    /// Hands work out. Nothing is refused: whoever hands it out sees to it that not too much waits (`copy::IN_FLIGHT_MAX`).
     pub fn run<T: Send + 'static>(&self, work: impl FnOnce() -> Result<T> + Send + 'static) -> Answer<T> {
         let (answer, receiver) = oneshot::channel();
         // Whoever does not wait any more has given the backup up.

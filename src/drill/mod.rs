@@ -11,9 +11,8 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
 use crate::events::{Event, Events};
-use crate::model::Timestamp;
 use crate::postgres::Install;
 use crate::repository::{DrillRecord, Repository};
 use crate::restore::{self, Action, Target};
@@ -60,14 +59,20 @@ pub async fn run(repository: &Repository, options: &Options, events: &Events) ->
     let mut record = DrillRecord::begun(repository, began);
     let outcome = drill(repository, options, &sandbox, &mut record, events).await;
     if let Err(error) = outcome {
+        // What could not be looked at says nothing of the backup.
+        if matches!(error.kind(), Kind::Unreachable | Kind::Denied | Kind::Local | Kind::Internal) {
+            return Err(error);
+        }
         let cure =
             error.hint_text().unwrap_or("`perennial verify --full` looks at everything a restore reads").to_owned();
         record.failures.push(error.to_string());
         record.cure = Some(cure);
     }
     let kept = options.keep.then(|| sandbox.directory().to_owned());
-    if !options.keep {
-        sandbox.remove().await?;
+    if !options.keep
+        && let Err(error) = sandbox.remove().await
+    {
+        events.warning(format!("a sandbox is left behind: {error}"));
     }
     record.seconds = repository.clock().now().seconds_since(began);
     repository.put_drill(&record).await?;
@@ -140,11 +145,6 @@ async fn drill(
     server.stop().await;
     looked?;
     server.check_pages(&install, record).await
-}
-
-/// When the last drill was, and whether it went well.
-pub async fn last(repository: &Repository) -> Result<Option<(Timestamp, bool)>> {
-    Ok(repository.last_drill().await?.map(|record| (record.at, record.failures.is_empty())))
 }
 
 /// A failed drill as an error, for those who want an exit code.

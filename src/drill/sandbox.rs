@@ -4,21 +4,18 @@ use std::ffi::OsString;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
 
 use crate::clock::Clock;
 use crate::disk;
 use crate::error::{Error, IoContext, Result};
 use crate::events::{Event, Events, Level};
 use crate::model::Lsn;
+use crate::postgres::data_dir;
 use crate::postgres::process::{ServerCommand, Stop};
-use crate::postgres::{Client, ConnectOptions, ControlFile, Install, Postmaster, PostmasterFile, ServerStatus};
+use crate::postgres::{Client, ConnectOptions, ControlFile, Install, Postmaster};
 use crate::repository::DrillRecord;
-use crate::wal::{History, WalFileName};
 
 use super::Options;
-
-const LOOK: Duration = Duration::from_millis(50);
 
 /// The server's last lines are kept for the message of a failure.
 const LINES: usize = 20;
@@ -160,17 +157,7 @@ pub struct Server {
 impl Server {
     /// Waits until it has recovered and takes connections.
     pub async fn until_up(&self, clock: &Clock) -> Result<()> {
-        loop {
-            if self.postmaster.has_ended().is_some() {
-                return Err(self.ended());
-            }
-            let file = PostmasterFile::of_starting(&self.data_dir)?;
-            let up = |file: &PostmasterFile| file.pid == self.postmaster.pid() && file.status == ServerStatus::Ready;
-            if file.is_some_and(|file| up(&file)) {
-                return Ok(());
-            }
-            clock.sleep(LOOK).await;
-        }
+        self.postmaster.until_ready(&self.data_dir, clock).await?.map(drop).ok_or_else(|| self.ended())
     }
 
     /// Its last words are the cause.
@@ -191,10 +178,7 @@ impl Server {
     /// Where recovery ended: the new timeline's last switch.
     pub fn recovered_to(&self, install: &Install) -> Result<Lsn> {
         let timeline = ControlFile::read(&self.data_dir, install.version)?.newest_timeline();
-        let path = self.data_dir.join(format!("pg_wal/{}", WalFileName::History(timeline)));
-        let text = std::fs::read_to_string(&path).on("read", &path)?;
-        let history =
-            History::parse(timeline, &text).map_err(|e| Error::damaged(format!("{}: {e}", path.display())))?;
+        let history = data_dir::history_of(&self.data_dir, timeline)?;
         Ok(history.switches.last().map_or(Lsn(0), |switch| switch.at))
     }
 

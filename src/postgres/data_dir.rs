@@ -8,6 +8,8 @@ use std::path::{Path, PathBuf};
 
 use super::version::Version;
 use crate::error::{Error, IoContext, Result};
+use crate::model::Timeline;
+use crate::wal::{History, WalFileName};
 
 /// Our own directory inside a data directory: writer's state and fetched WAL. The server's tools (pg_basebackup,
 /// pg_rewind, pg_checksums) pass over every name that starts with `pgsql_tmp`, so a copy never takes it along.
@@ -207,6 +209,16 @@ impl Walker<'_> {
                 && !path.rsplit('/').next().is_some_and(|name| name.contains('_')),
         }));
     }
+}
+
+/// Where a timeline of the server came from, by the history file in its `pg_wal`.
+pub fn history_of(data_dir: &Path, timeline: Timeline) -> Result<History> {
+    if timeline == Timeline(1) {
+        return Ok(History::root(timeline));
+    }
+    let path = data_dir.join(format!("pg_wal/{}", WalFileName::History(timeline)));
+    let text = std::fs::read_to_string(&path).on("read", &path)?;
+    History::parse(timeline, &text).map_err(|e| Error::damaged(format!("{}: {e}", path.display())))
 }
 
 fn list(directory: &Path) -> std::io::Result<Vec<String>> {

@@ -4,10 +4,12 @@ use std::ffi::OsString;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus};
+use std::time::Duration;
 
 use nix::sys::signal::Signal;
 use tokio::sync::watch;
 
+use crate::clock::Clock;
 use crate::disk;
 use crate::error::{Error, Kind, Result};
 
@@ -30,6 +32,9 @@ pub struct ServerCommand {
 
 /// Who is given the lines that a server writes to its standard error, until its logging collector takes over.
 pub type Listener = Box<dyn Fn(&str) + Send>;
+
+/// How often the server's state is looked at while it starts. Its state file is a local read.
+const LOOK: Duration = Duration::from_millis(50);
 
 /// Looks for the end of a server's output once it has ended, 10 ms apart.
 const LAST_LINES: u32 = 50;
@@ -132,6 +137,20 @@ impl Postmaster {
 
     pub fn has_ended(&self) -> Option<ExitStatus> {
         *self.ended.borrow()
+    }
+
+    /// Waits until the server has recovered and accepts connections; `None` when it ended instead.
+    pub async fn until_ready(&self, data_dir: &Path, clock: &Clock) -> Result<Option<PostmasterFile>> {
+        loop {
+            if self.has_ended().is_some() {
+                return Ok(None);
+            }
+            let file = PostmasterFile::of_starting(data_dir)?.filter(|file| file.pid == self.pid());
+            if let Some(file) = file.filter(|file| file.status == ServerStatus::Ready) {
+                return Ok(Some(file));
+            }
+            clock.sleep(LOOK).await;
+        }
     }
 
     pub async fn wait(&mut self) -> ExitStatus {

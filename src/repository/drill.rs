@@ -2,10 +2,10 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{DOCUMENT_MAX, Repository, document, layout};
+use super::{Repository, document, layout};
 use crate::error::Result;
 use crate::model::{BackupId, Timestamp, WriteId};
-use crate::storage::{Body, read_small};
+use crate::storage::Body;
 
 /// Records that are kept.
 const KEPT: usize = 100;
@@ -70,10 +70,6 @@ impl Repository {
 
     /// The record of the last drill.
     pub async fn last_drill(&self) -> Result<Option<DrillRecord>> {
-        let Some(last) = self.store.list_level(layout::DRILLS).await?.entries.pop() else { return Ok(None) };
-        match read_small(self.store(), &last.key, DOCUMENT_MAX).await? {
-            Some(bytes) => document::read(&bytes).map(Some).map_err(|why| self.corrupt(&last.key, why)),
-            None => Ok(None),
-        }
+        self.last_record(layout::DRILLS).await
     }
 }

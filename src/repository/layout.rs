@@ -80,14 +80,18 @@ pub fn pack(pack: PackId) -> String {
     format!("{PACKS}/{pack}")
 }
 
+fn record(directory: &str, at: Timestamp, id: WriteId) -> String {
+    format!("{directory}/{:016x}-{id}", at.unix_micros().max(0))
+}
+
 /// The record of one prune. Names sort by time.
 pub fn prune(at: Timestamp, id: WriteId) -> String {
-    format!("{PRUNES}/{:016x}-{id}", at.unix_micros().max(0))
+    record(PRUNES, at, id)
 }
 
 /// The record of one drill. Names sort by time.
 pub fn drill(at: Timestamp, id: WriteId) -> String {
-    format!("{DRILLS}/{:016x}-{id}", at.unix_micros().max(0))
+    record(DRILLS, at, id)
 }
 
 /// The generation of a `generations/…` directory.

@@ -4,6 +4,7 @@
 //! a grace period, so that a restore or a backup that is under way elsewhere loses nothing; then its objects go. All
 //! ages are counted by the store's own clock, from one object to another.
 
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::{DOCUMENT_MAX, Repository, document, layout};
@@ -109,9 +110,17 @@ impl Repository {
 
     /// Before which position WAL was pruned on the way to the newest state, as the last prune left it; zero for never.
     pub async fn points_from(&self) -> Result<Lsn> {
-        let Some(last) = self.prunes().await?.pop() else { return Ok(Lsn(0)) };
-        let Some(bytes) = read_small(self.store(), &last.key, DOCUMENT_MAX).await? else { return Ok(Lsn(0)) };
-        let record: PruneRecord = document::read(&bytes).map_err(|why| self.corrupt(&last.key, why))?;
-        Ok(record.points_from)
+        let last: Option<PruneRecord> = self.last_record(layout::PRUNES).await?;
+        Ok(last.map_or(Lsn(0), |record| record.points_from))
+    }
+
+    /// The last of the records in a directory, whose names sort by time.
+    pub(super) async fn last_record<T: DeserializeOwned>(&self, directory: &str) -> Result<Option<T>> {
+        let Some(last) = self.store.list_level(directory).await?.entries.pop() else { return Ok(None) };
+        match read_small(self.store(), &last.key, DOCUMENT_MAX).await? {
+            Some(bytes) => document::read(&bytes).map(Some).map_err(|why| self.corrupt(&last.key, why)),
+            // Only a later one makes it go.
+            None => Ok(None),
+        }
     }
 }

@@ -76,7 +76,7 @@ impl<'a> Finder<'a> {
     }
 
     fn unreachable(&self, target: &Target) -> Result<Error> {
-        Ok(unreachable(&self.reachable.windows()?, target))
+        Ok(unreachable(&self.reachable.windows(Lsn(0))?, target))
     }
 
     /// Recovery to a position needs a record that starts there or later. Where WAL ends just there, nothing follows, and

@@ -18,8 +18,6 @@ pub struct Reachable {
     /// What is wrong with backups that cannot be read.
     pub damaged: Vec<Error>,
     pub timeline: Timeline,
-    /// Where the last prune has left all WAL from.
-    pub points_from: Lsn,
 }
 
 impl Reachable {
@@ -57,8 +55,7 @@ impl Reachable {
             return Err(missing.context(format!("WAL of timeline {timeline} cannot be followed")));
         }
         let Backups { sound, damaged } = repository.backups().await?;
-        let points_from = repository.points_from().await?;
-        Ok(Some(Reachable { lineage, index, backups: sound, damaged, timeline, points_from }))
+        Ok(Some(Reachable { lineage, index, backups: sound, damaged, timeline }))
     }
 
     /// The same where there must be something.
@@ -75,8 +72,9 @@ impl Reachable {
             .ok_or_else(|| Error::internal(format!("timeline {} has no history", self.timeline)))
     }
 
-    pub fn windows(&self) -> Result<Vec<Window>> {
-        Ok(self.view()?.windows(&self.backups, self.points_from))
+    /// `points_from`: where the last prune has left all WAL from (`Repository::points_from`), for whoever tells gaps.
+    pub fn windows(&self, points_from: Lsn) -> Result<Vec<Window>> {
+        Ok(self.view()?.windows(&self.backups, points_from))
     }
 }
 
@@ -166,7 +164,7 @@ fn choose_from(reachable: &Reachable, backup: Option<BackupId>, located: &Locate
         _ => candidates.rfind(reaches),
     };
     let (head, coverage) =
-        best.ok_or_else(|| unreachable(&view.windows(&reachable.backups, reachable.points_from), &located.target))?;
+        best.ok_or_else(|| unreachable(&view.windows(&reachable.backups, Lsn(0)), &located.target))?;
     if located.target == Target::Newest && coverage.gap {
         return Err(Error::damaged(format!(
             "the newest state cannot be reached: {} is missing and WAL goes on after it",

@@ -198,7 +198,7 @@ async fn look_at_wal(
 ) -> Result<()> {
     let view = reachable.view()?;
     let size = view.segment_size();
-    for window in reachable.windows()? {
+    for window in reachable.windows(repository.points_from().await?)? {
         if let Some(missing) = window.missing {
             report.findings.push(Finding {
                 problem: format!("{missing} is missing, and WAL goes on after it"),

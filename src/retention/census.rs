@@ -1,6 +1,9 @@
-//! Everything a prune has to know, listed once.
+//! Everything a prune has to know, listed once: in memory about 200 bytes for each object of WAL, and each pack while packs
+//! are looked at.
 
 use std::collections::{BTreeMap, BTreeSet};
+
+use futures::{StreamExt, TryStreamExt};
 
 use crate::error::{Error, Result};
 use crate::model::{BackupId, Generation, Lsn, Timeline, Timestamp};
@@ -10,6 +13,9 @@ use crate::repository::{Claim, Lineage, Repository, WalIndex, WalListing, layout
 use crate::wal::{History, WalFileName};
 
 use super::policy::{Candidate, Departure, Way};
+
+/// Heads of manifests read at once.
+const PARALLEL: usize = 16;
 
 /// One history: a newest generation with its ancestors, and their WAL.
 pub struct Branch {
@@ -46,12 +52,11 @@ impl Census {
         let claims = repository.claims(repository.generations().await?).await?;
         let Some(newest) = claims.iter().map(|claim| claim.generation).max() else { return Ok(None) };
         let objects = repository.backup_objects().await?;
-        let mut heads = Vec::new();
-        for (id, _) in objects.iter().filter(|(_, of)| of.manifest.is_some()) {
-            heads.push(repository.backup_head(*id).await.map_err(|e| {
-                e.hint("nothing is deleted while a manifest cannot be read: bring it back, or delete that backup's directory by hand")
-            })?);
-        }
+        let ids = objects.iter().filter(|(_, of)| of.manifest.is_some()).map(|(id, _)| *id);
+        let reads: Vec<_> = ids.map(|id| repository.backup_head(id)).collect();
+        let heads = futures::stream::iter(reads).buffered(PARALLEL).try_collect().await.map_err(|e: Error| {
+            e.hint("nothing is deleted while a manifest cannot be read: bring it back, or delete that backup's directory by hand")
+        })?;
         let listed = repository.list_wal(claims.iter().map(|claim| claim.generation)).await?;
         let main = branch(repository, &claims, newest, &listed).await?;
         let mut census = Census { newest, claims, objects, heads, listed, main, left_behind: BTreeMap::new() };
@@ -60,9 +65,10 @@ impl Census {
     }
 
     async fn find_left_behind(&mut self, repository: &Repository) -> Result<()> {
-        let off: Vec<BackupHead> =
-            self.heads.iter().filter(|head| !matches!(self.main_coverage(head), Ok(Some(_)))).cloned().collect();
-        for head in off {
+        for head in self.heads.clone() {
+            if self.main_coverage(&head)?.is_some() {
+                continue;
+            }
             let mut ends: Vec<Generation> = tips(&self.claims);
             ends.push(head.generation);
             for end in ends.into_iter().filter(|end| *end != self.newest) {

@@ -171,9 +171,11 @@ async fn logs(
         if numbers.any(has_more) {
             continue;
         }
-        let long_left = census.left_at(run.timeline)?.at <= old;
-        let long_written = repository.log_written_at(*generation).await?.is_none_or(|written| written <= old);
-        if on_the_way || (long_left && long_written) {
+        let is_old = || async {
+            let written = repository.log_written_at(*generation).await?;
+            Ok::<_, Error>(written.is_none_or(|written| written <= old) && census.left_at(run.timeline)?.at <= old)
+        };
+        if on_the_way || is_old().await? {
             garbage.push(*generation);
         }
     }

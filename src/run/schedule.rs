@@ -122,7 +122,7 @@ async fn drills(options: &Options, pusher: &Pusher, events: &Events) {
     };
     loop {
         let held = async {
-            let last = drill::last(repository).await?.map(|(at, _)| at);
+            let last = repository.last_drill().await?.map(|record| record.at);
             repository.clock().sleep(until_due(last, repository.clock().now(), drills.every)).await;
             // Before the first backup there is nothing to prove.
             while last_backup(pusher).await?.is_none() {

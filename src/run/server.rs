@@ -1,18 +1,13 @@
-//! The command that starts the server, and watching it come up.
+//! The command that starts the server.
 
 use std::ffi::OsString;
 use std::path::Path;
-use std::time::Duration;
 
 use super::{Options, WhenBehind};
-use crate::clock::Clock;
 use crate::error::{Error, Result};
 use crate::postgres::process::ServerCommand;
 use crate::postgres::replication::SLOT;
-use crate::postgres::{ControlFile, Install, Postmaster, PostmasterFile, ServerStatus, Version};
-
-/// How often the server's state is looked at while it starts. Its state file is a local read.
-const LOOK: Duration = Duration::from_millis(50);
+use crate::postgres::{ControlFile, Install};
 
 /// Whom the server serves.
 #[derive(Debug, Clone, Copy)]
@@ -51,11 +46,11 @@ pub(super) fn command(options: &Options, install: &Install, stage: Stage<'_>) ->
             // Nobody may read a state that is not the newest yet; and the state file then tells the end of recovery.
             // A directory that was restored to be looked at (`--action pause`) becomes the database now.
             settings.extend(["hot_standby=off".to_owned(), "recovery_target_action=promote".to_owned()]);
-            settings.extend(raised(&data_dir, install.version, configured)?);
+            let control = ControlFile::read(&data_dir, install.version)?;
+            settings.extend(raised(&control, configured)?);
             // The stream begins where the segment in which recovery ends does. If the checkpoint that follows lies in
             // the next one already, this one must not go before our slot is there to keep it.
-            let segment = ControlFile::read(&data_dir, install.version)?.segment_size;
-            settings.push(format!("wal_keep_size={}MB", (2 * segment.bytes()) >> 20));
+            settings.push(format!("wal_keep_size={}MB", (2 * control.segment_size.bytes()) >> 20));
         }
     }
     let mut arguments: Vec<OsString> = vec!["-D".into(), data_dir.clone().into()];
@@ -68,9 +63,9 @@ pub(super) fn command(options: &Options, install: &Install, stage: Stage<'_>) ->
 
 /// Parameters that recovery needs as high as they were on the machine that wrote the WAL (manual section 27.4.3); this
 /// machine may be smaller, and need not be as large once it is out of recovery.
-fn raised(data_dir: &Path, version: Version, configured: impl Fn(&str) -> Result<String>) -> Result<Vec<String>> {
+fn raised(control: &ControlFile, configured: impl Fn(&str) -> Result<String>) -> Result<Vec<String>> {
     let mut raised = Vec::new();
-    for (name, least) in ControlFile::read(data_dir, version)?.least {
+    for (name, least) in control.least {
         if configured(name)?.parse().is_ok_and(|here: u32| here < least) {
             raised.push(format!("{name}={least}"));
         }
@@ -81,22 +76,4 @@ fn raised(data_dir: &Path, version: Version, configured: impl Fn(&str) -> Result
 /// Whether the next start begins with archive recovery.
 pub(super) fn is_recovering(data_dir: &Path) -> bool {
     data_dir.join("recovery.signal").is_file()
-}
-
-/// Waits until the server has recovered and accepts connections; `None` when it ended instead.
-pub(super) async fn wait_until_ready(
-    server: &Postmaster,
-    data_dir: &Path,
-    clock: &Clock,
-) -> Result<Option<PostmasterFile>> {
-    loop {
-        if server.has_ended().is_some() {
-            return Ok(None);
-        }
-        let file = PostmasterFile::of_starting(data_dir)?.filter(|file| file.pid == server.pid());
-        if let Some(file) = file.filter(|file| file.status == ServerStatus::Ready) {
-            return Ok(Some(file));
-        }
-        clock.sleep(LOOK).await;
-    }
 }

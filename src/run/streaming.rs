@@ -10,15 +10,14 @@ use crate::archive::claim::push_history;
 use crate::archive::push::Pusher;
 use crate::archive::stream::{self, Order, Progress, Stream};
 use crate::clock::Clock;
-use crate::error::{Error, IoContext, Kind, Result};
+use crate::error::{Error, Kind, Result};
 use crate::events::Event;
 use crate::model::{Lsn, Timeline, WriteId};
-use crate::postgres::data_dir::OWN_DIR;
+use crate::postgres::data_dir::{self, OWN_DIR};
 use crate::postgres::replication::{Identity, SLOT};
 use crate::postgres::{Client, PostmasterFile, Replication, ServerStatus};
 use crate::repository::log::{Appender, Checks, Position, Sealer};
 use crate::repository::{NewWriter, Writer};
-use crate::wal::{History, WalFileName};
 
 /// How often the server is asked whether it is up.
 const LOOK: Duration = Duration::from_millis(50);
@@ -225,15 +224,5 @@ fn begin(options: &Options, pusher: &Pusher, start: Start, identity: Identity) -
 
 /// Where the ancestor of a timeline was left.
 fn left_at(options: &Options, timeline: Timeline) -> Result<Option<Lsn>> {
-    Ok(history_of(options, timeline)?.switches.last().map(|switch| switch.at))
-}
-
-/// Where a timeline of the server came from.
-pub(super) fn history_of(options: &Options, timeline: Timeline) -> Result<History> {
-    if timeline == Timeline(1) {
-        return Ok(History::root(timeline));
-    }
-    let path = options.data_dir.join(format!("pg_wal/{}", WalFileName::History(timeline)));
-    let text = std::fs::read_to_string(&path).on("read", &path)?;
-    History::parse(timeline, &text).map_err(|e| Error::damaged(format!("{}: {e}", path.display())))
+    Ok(data_dir::history_of(&options.data_dir, timeline)?.switches.last().map(|switch| switch.at))
 }

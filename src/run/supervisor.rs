@@ -270,7 +270,7 @@ impl Care<'_> {
         let began = clock.monotonic();
         let data_dir = &self.options.data_dir;
         let recovering = server::is_recovering(data_dir);
-        if server::wait_until_ready(self.server, data_dir, clock).await?.is_none() {
+        if self.server.until_ready(data_dir, clock).await?.is_none() {
             return std::future::pending().await;
         }
         if recovering {
@@ -294,7 +294,7 @@ impl Care<'_> {
         begins_anew: bool,
     ) -> Result<()> {
         let clock = self.pusher.repository.clock();
-        let up = server::wait_until_ready(self.server, &self.options.data_dir, clock).await?;
+        let up = self.server.until_ready(&self.options.data_dir, clock).await?;
         let (Some(up), Ok(_)) = (up, progress.wait_for(|progress| progress.connected).await.map(drop)) else {
             return std::future::pending().await;
         };

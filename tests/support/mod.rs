@@ -6,6 +6,7 @@
 
 #![allow(dead_code, reason = "each test binary uses a part")]
 
+pub mod chance;
 pub mod clients;
 pub mod relay;
 

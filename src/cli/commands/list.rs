@@ -43,7 +43,7 @@ async fn stretches_of(repository: &Repository, tip: Generation) -> Result<Vec<St
     let Some(reachable) = Reachable::find(repository, Some(tip), None).await? else { return Ok(Vec::new()) };
     let view = reachable.view()?;
     let mut stretches = Vec::new();
-    for window in reachable.windows()? {
+    for window in reachable.windows(repository.points_from().await?)? {
         let number = window.last.and_then(|name| name.number(view.segment_size()).map(|number| (name, number)));
         let place = number.and_then(|(name, number)| Some((name, view.locate(name.timeline, number)?)));
         let known = match place {

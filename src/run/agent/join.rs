@@ -10,7 +10,7 @@ use crate::clock::Clock;
 use crate::error::{Error, Result};
 use crate::events::{Event, Events, Level};
 use crate::model::{Generation, Timeline};
-use crate::postgres::data_dir::OWN_DIR;
+use crate::postgres::data_dir::{self, OWN_DIR};
 use crate::postgres::replication::Identity;
 use crate::postgres::{Client, ControlFile, PostmasterFile, Replication, ServerStatus, version_of};
 use crate::repository::log::{LogView, Position};
@@ -18,7 +18,6 @@ use crate::repository::{Repository, Writer};
 use crate::run::boot::Holder;
 use crate::run::claimant::Claimant;
 use crate::run::facts::{self, Watched};
-use crate::run::streaming::history_of;
 use crate::run::{Options, Start, hold, patience_between_looks};
 use crate::storage::Store;
 
@@ -189,7 +188,7 @@ async fn gather(
         }
         None => None,
     };
-    let (system_id, history) = (identity.system_id, history_of(options, identity.timeline)?);
+    let (system_id, history) = (identity.system_id, data_dir::history_of(&options.data_dir, identity.timeline)?);
     Ok(Facts { system_id, history, newest, adopt: options.adopt, nothing_lost: options.rpo.is_zero() })
 }
 
