@@ -4,7 +4,7 @@ use crate::model::{BackupId, Generation, PackId, Timeline, Timestamp, WriteId};
 use crate::wal::{SegmentName, WalFileName};
 
 pub const DESCRIPTOR: &str = "perennial.json";
-pub const PROBE: &str = "perennial.probe";
+pub const PROBES: &str = "perennial.probe";
 pub const GENERATIONS: &str = "generations";
 pub const PACKS: &str = "packs";
 pub const BACKUPS: &str = "backups";

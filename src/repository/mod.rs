@@ -50,7 +50,7 @@ pub struct Repository {
 #[derive(Debug)]
 pub enum Found {
     Repository(Repository),
-    /// Proven: the prefix holds nothing at all.
+    /// Proven: the prefix holds nothing at all, but for the probe of an init that was cut off.
     Empty,
 }
 
@@ -64,7 +64,10 @@ impl Repository {
             let descriptor = Descriptor::parse(&bytes, &store.url(layout::DESCRIPTOR))?;
             return Ok(Found::Repository(Repository { store, descriptor, clock: clock.clone() }));
         }
-        let level = store.list_level("").await?;
+        let mut level = store.list_level("").await?;
+        // What an init that was cut off leaves does not stand in the way of the next.
+        level.directories.retain(|directory| directory != layout::PROBES);
+        level.entries.retain(|entry| entry.key != layout::PROBES);
         if level.directories.is_empty() && level.entries.is_empty() {
             return Ok(Found::Empty);
         }
@@ -98,7 +101,7 @@ impl Repository {
         if let Found::Repository(repository) = Repository::find(Arc::clone(&store), clock).await? {
             return Ok((repository, Created::AlreadyThere));
         }
-        probe(&*store, layout::PROBE, clock).await?;
+        probe(&*store, layout::PROBES, clock).await?;
         let descriptor = Descriptor::new(codec, clock);
         let created = store.create(layout::DESCRIPTOR, &Body::from(descriptor.to_bytes()?)).await?;
         match created {

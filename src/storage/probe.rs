@@ -6,8 +6,10 @@ use crate::error::{Error, Result};
 use crate::model::WriteId;
 
 /// Creates one key twice and reads it back: the second create must be refused, or two machines could both believe that
-/// they write alone. The key is deleted again; `key` must be one that nothing else uses.
-pub async fn probe(store: &dyn Store, key: &str, clock: &Clock) -> Result<()> {
+/// they write alone. The key is deleted again; `directory` must be one that nothing else uses.
+pub async fn probe(store: &dyn Store, directory: &str, clock: &Clock) -> Result<()> {
+    // A key of its own each time: one that was left behind, or arrives late, is in nobody's way.
+    let key = &format!("{directory}/{}", WriteId(clock.random()));
     let body = |id: WriteId| Body::from(format!("perennial probe {id}\n").into_bytes());
     let first = body(WriteId(clock.random()));
     let second = body(WriteId(clock.random()));
@@ -18,8 +20,8 @@ pub async fn probe(store: &dyn Store, key: &str, clock: &Clock) -> Result<()> {
 
 async fn try_twice(store: &dyn Store, key: &str, first: &Body, second: &Body) -> Result<()> {
     if store.create(key, first).await? == Created::AlreadyThere {
-        return Err(Error::refused(format!("{} is there already: another init is running", store.url(key)))
-            .hint("wait for it, or delete that object if it was left by a killed init"));
+        return Err(Error::refused(format!("{} is there already, though nobody can have written it", store.url(key)))
+            .hint("check whether something between this machine and the store repeats requests"));
     }
     let again = store.create(key, second).await?;
     let there = store.read(key, 0..first.len()).await?;

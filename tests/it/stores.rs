@@ -111,3 +111,13 @@ async fn a_store_that_ignores_conditions_is_refused_by_init() {
     assert_eq!(error.kind(), Kind::Refused);
     assert!(error.to_string().contains("If-None-Match"), "{error}");
 }
+
+#[tokio::test]
+async fn an_init_that_was_cut_off_is_not_in_the_way_of_the_next() {
+    let store: Arc<dyn Store> = Arc::new(Adapter::memory());
+    for left in ["perennial.probe/0123456789abcdef0123456789abcdef", "perennial.probe"] {
+        store.create(left, &Body::from(b"perennial probe".to_vec())).await.expect("stored");
+    }
+    let (_, created) = Repository::init(store, Codec::default(), &Clock::system()).await.expect("made");
+    assert_eq!(created, Created::Now);
+}

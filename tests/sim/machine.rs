@@ -107,8 +107,12 @@ impl Life {
         let store = self.store();
         let clock = self.world.clock();
         let repository = loop {
-            if let Ok((repository, _)) = Repository::init(Arc::clone(&store), Codec::default(), &clock).await {
-                break repository;
+            match Repository::init(Arc::clone(&store), Codec::default(), &clock).await {
+                Ok((repository, _)) => break repository,
+                Err(error) => self.tell(|| format!("init: {error}")),
+            }
+            if self.world.now() > TROUBLE * 10 {
+                return Verdict::Stuck("no init got through".to_owned());
             }
         };
         for name in 0..machines {
