@@ -8,7 +8,7 @@
 //! 1. The bytes of a number are frozen at the first attempt. "Already there" is settled by reading the write id back.
 //! 2. A writer acknowledges the contiguous prefix only.
 //! 3. A deleted key can be created again. So the *collection bound* is advanced before entries below it go, and a sealer
-//!    looks at it again after its seal: if the bound has passed the seal, the seal is void.
+//!    looks at it again after its seal, and everybody after any seal that was found: one that the bound has passed is void.
 //! 4. Claims and seals are never deleted.
 //!
 //! A log belongs to one timeline and starts at the start of a segment, so that every segment can be put together from
@@ -17,6 +17,8 @@
 mod append;
 mod collect;
 mod entry;
+#[cfg(test)]
+mod late_seals;
 mod read;
 mod seal;
 

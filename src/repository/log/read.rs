@@ -102,6 +102,13 @@ impl Repository {
             .try_collect()
             .await?;
         let seal = heads.iter().find(|head| head.is_seal()).cloned();
+        // A late seal can have been put where an entry was collected while we listed: it ends nothing. One that the bound
+        // has not passed by now, after it was seen, was the first at its number.
+        if let Some(seal) = &seal
+            && self.log_bound_number(generation).await? > seal.number
+        {
+            return Err(self.missing(&layout::log_entry(generation, seal.number)).retryable());
+        }
         let next = seal.as_ref().map_or(free, |seal| seal.number);
         let last = heads.into_iter().rev().find(|head| head.number < next);
         Ok(LogView { generation, bound, next, last, seal })
@@ -147,6 +154,17 @@ impl Repository {
         Ok(entry::decode_head(self, generation, number, &chunk.bytes)?.0)
     }
 
+    /// The same of an entry below the end of a log. A seal there says that it was collected since: look again.
+    async fn wal_head_of(&self, generation: Generation, number: u64) -> Result<EntryHead> {
+        let head = self.entry_head(generation, number).await?;
+        if head.is_seal() { Err(self.replaced(generation, number)) } else { Ok(head) }
+    }
+
+    /// A late seal of a claimant who was too slow.
+    fn replaced(&self, generation: Generation, number: u64) -> Error {
+        self.missing(&layout::log_entry(generation, number)).context("a seal has its place").retryable()
+    }
+
     async fn entry(&self, generation: Generation, number: u64) -> Result<Entry> {
         let key = layout::log_entry(generation, number);
         let chunk = self.store.read(&key, 0..OBJECT_MAX).await?.ok_or_else(|| self.missing(&key).retryable())?;
@@ -160,7 +178,7 @@ impl Repository {
         let first = view.bound.number;
         let start = match view.bound.position {
             Some(position) => position.lsn,
-            None => match self.entry_head(view.generation, first).await?.content {
+            None => match self.wal_head_of(view.generation, first).await?.content {
                 Content::Open { lsn, .. } => lsn,
                 _ => return Err(self.corrupt(&layout::log_entry(view.generation, first), "a log starts with 'open'")),
             },
@@ -200,6 +218,9 @@ impl Repository {
         while at < to {
             let Some(entry) = entries.try_next().await? else { break };
             let key = || layout::log_entry(run.generation, entry.head.number);
+            if entry.head.is_seal() {
+                return Err(self.replaced(run.generation, entry.head.number));
+            }
             if before.is_some_and(|before| entry.head.previous != Some(before)) {
                 return Err(self.corrupt(&key(), "it does not continue the entry before it"));
             }
@@ -224,7 +245,7 @@ impl Repository {
         let (mut low, mut high) = (run.first, run.next);
         while low < high {
             let middle = low + (high - low) / 2;
-            let end = self.entry_head(run.generation, middle).await?.content.end();
+            let end = self.wal_head_of(run.generation, middle).await?.content.end();
             if end.is_some_and(|end| end.lsn > lsn) { high = middle } else { low = middle + 1 }
         }
         Ok(low)
