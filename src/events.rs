@@ -327,6 +327,10 @@ impl Events {
         self.emit(Event::Note { level: Level::Info, text: text.into() });
     }
 
+    pub fn alarm(&self, text: impl Into<String>) {
+        self.emit(Event::Note { level: Level::Alarm, text: text.into() });
+    }
+
     pub fn warning(&self, text: impl Into<String>) {
         self.emit(Event::Note { level: Level::Warning, text: text.into() });
     }

@@ -4,7 +4,6 @@
 //! their files, so that a file's frames lie side by side in a pack and a restore can fetch them together.
 
 use std::collections::{HashMap, VecDeque};
-use std::path::Path;
 use std::sync::Arc;
 
 use tokio::task::JoinSet;
@@ -38,14 +37,13 @@ const CONTROL_READS: u32 = 10;
 /// Progress is told each time this many bytes were read.
 const PROGRESS_STEP: u64 = 16 << 20;
 
+/// On whose behalf files are read.
 #[derive(Debug)]
 pub struct Task<'a> {
     pub repository: &'a Repository,
     pub id: BackupId,
     pub start: Lsn,
-    pub version: Version,
     pub data_checksums: bool,
-    pub data_dir: &'a Path,
 }
 
 /// What the copy came to.
@@ -65,34 +63,36 @@ pub async fn run(
     walk: &Walk,
     outside: &[FileItem],
     parent: Option<Parent>,
+    version: Version,
     events: &Events,
 ) -> Result<Copied> {
     let total = walk.files().map(|file| file.size).sum();
     let mut copy = Copy::new(task, parent, total, events)?;
     // The control file goes last: it must not be older than anything it describes.
     for file in walk.files().filter(|file| file.path != CONTROL_FILE) {
-        copy.file(file, None).await?;
+        copy.file(file, None, None).await?;
     }
     for file in outside {
-        copy.file(file, Some(file.path.clone())).await?;
+        copy.file(file, Some(file.path.clone()), None).await?;
     }
     copy.drain(0).await?;
     let control = walk.files().find(|file| file.path == CONTROL_FILE);
-    copy.control_file(control.ok_or_else(|| Error::damaged(format!("there is no {CONTROL_FILE}")))?).await?;
+    let control = control.ok_or_else(|| Error::damaged(format!("there is no {CONTROL_FILE}")))?;
+    copy.control_file(control, version).await?;
     copy.finish().await
 }
 
-/// Files alone, without a server.
-#[cfg(test)]
+/// Files alone, without a server; each with a mark that changes whenever it is written to, if there is one: a file that
+/// had the same one in the last snapshot is not read again.
 pub async fn files_only(
     task: &Task<'_>,
-    files: Vec<FileItem>,
+    files: &[(FileItem, Option<String>)],
     parent: Option<Parent>,
-    events: &Events,
 ) -> Result<Copied> {
-    let mut copy = Copy::new(task, parent, 0, events)?;
-    for file in &files {
-        copy.file(file, None).await?;
+    let events = Events::silent();
+    let mut copy = Copy::new(task, parent, 0, &events)?;
+    for (file, mark) in files {
+        copy.file(file, None, mark.clone()).await?;
     }
     copy.drain(0).await?;
     copy.finish().await
@@ -105,6 +105,8 @@ type Small = (Read, Option<String>);
 enum Part {
     /// A whole small file and its birth; `None` when it has vanished.
     Whole(FileEntry, Answer<Option<Small>>),
+    /// As the last snapshot has it.
+    Known(FileEntry),
     Opens(FileEntry),
     Region(Answer<Read>),
 }
@@ -167,8 +169,15 @@ impl<'a> Copy<'a> {
         })
     }
 
-    async fn file(&mut self, file: &FileItem, outside: Option<String>) -> Result<()> {
-        let entry = self.entry(file, outside);
+    async fn file(&mut self, file: &FileItem, outside: Option<String>, mark: Option<String>) -> Result<()> {
+        let entry = FileEntry { mark, ..self.entry(file, outside) };
+        if let Some(past) = self.parent.as_ref().and_then(|parent| parent.file(&file.path))
+            && past.mark.is_some()
+            && past.mark == entry.mark
+        {
+            let (size, regions) = (past.size, past.regions.clone());
+            return self.push(Part::Known(FileEntry { size, regions, ..entry })).await;
+        }
         if file.size <= REGION {
             return self.small_file(file, entry).await;
         }
@@ -252,6 +261,7 @@ impl<'a> Copy<'a> {
             mtime: file.mtime,
             outside,
             birth: None,
+            mark: None,
             regions: Vec::new(),
         }
     }
@@ -267,6 +277,11 @@ impl<'a> Copy<'a> {
             let Some(part) = self.queue.pop_front() else { break };
             match part {
                 Part::Opens(entry) => self.copied.files.push(entry),
+                Part::Known(mut entry) => {
+                    let regions = std::mem::take(&mut entry.regions);
+                    entry.regions = regions.into_iter().map(|region| self.adopt(region)).collect::<Result<_>>()?;
+                    self.copied.files.push(entry);
+                }
                 Part::Region(read) => {
                     let read = answer(read).await?;
                     self.take(read).await?;
@@ -369,8 +384,7 @@ impl<'a> Copy<'a> {
         }
     }
 
-    async fn control_file(&mut self, file: &FileItem) -> Result<()> {
-        let version = self.task.version;
+    async fn control_file(&mut self, file: &FileItem, version: Version) -> Result<()> {
         let mut outcome = Err(Error::internal("the control file was not read"));
         for _ in 0..CONTROL_READS {
             let bytes = std::fs::read(&file.source)
@@ -384,7 +398,7 @@ impl<'a> Copy<'a> {
             }
             self.task.repository.clock().sleep(std::time::Duration::from_millis(20)).await;
         }
-        let bytes = outcome.map_err(|e| e.context(self.task.data_dir.display()))?;
+        let bytes = outcome.map_err(|e| e.context(file.source.display()))?;
         let read = region::pack(&bytes, self.task.repository.descriptor().codec, None, Vec::new())?;
         let entry = self.entry(file, None);
         self.copied.files.push(FileEntry { size: bytes.len() as u64, ..entry });

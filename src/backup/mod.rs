@@ -4,6 +4,7 @@
 //! there as well and was looked at; only then is the manifest put, and the backup exists. Whatever fails before leaves
 //! nothing visible.
 
+pub mod beside;
 mod copy;
 mod parent;
 #[cfg(test)]
@@ -18,13 +19,12 @@ use std::time::Duration;
 use crate::disk;
 use crate::error::{Error, IoContext, Kind, Result};
 use crate::events::{Event, Events, Level};
-use crate::model::{BackupId, Generation, Lsn, PackId, Timestamp, WriteId};
+use crate::model::{BackupId, Beside, Generation, Lsn, PackId, Timestamp, WriteId};
 use crate::postgres::client::{Server, Stopped, same_directory};
 use crate::postgres::data_dir::{self, FileItem, Item, Walk};
 use crate::postgres::{Client, ConnectOptions, ControlFile};
 use crate::repository::Repository;
-use crate::repository::codec::Sha256;
-use crate::repository::manifest::{BackupHead, Directory, Line, Link, ManifestWriter, REGION, Tablespace};
+use crate::repository::manifest::{BackupHead, Directory, Line, Lines, LinesWriter, Link, REGION, Tablespace};
 
 use copy::Copied;
 use parent::{Descent, Parent};
@@ -47,13 +47,17 @@ pub struct Options {
     pub full: bool,
     /// How long to wait for the backup's WAL to reach the repository.
     pub wal_timeout: Duration,
+    /// Directories beside the database, of which a snapshot goes with it.
+    pub beside: Vec<Beside>,
 }
 
 /// A backup that is restorable.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub struct Done {
     pub head: BackupHead,
     pub elapsed: Duration,
+    /// Why there is no snapshot of a directory beside the database. The backup is sound without it.
+    pub failed: Vec<Error>,
 }
 
 /// Takes a base backup of the running server.
@@ -83,13 +87,14 @@ pub async fn run(repository: &Repository, options: &Options, events: &Events) ->
     let walk = data_dir::walk(&options.data_dir, server.version, control.catalog_version)?;
     announce(events, id, start, &walk);
     repository.backup_begins(id).await?;
-    let (version, data_checksums) = (server.version, control.data_checksums);
-    let task = copy::Task { repository, id, start, version, data_checksums, data_dir: &options.data_dir };
+    let task = copy::Task { repository, id, start, data_checksums: control.data_checksums };
     let descent = Descent { generation: id.generation, timeline: control.timeline, system_id: control.system_id };
     let parent =
         if options.full { None } else { find_parent(repository, descent, client.started().await?, events).await? };
     let parent_id = parent.as_ref().map(|parent| parent.id);
-    let copied = copy::run(&task, &walk, &outside, parent, events).await?;
+    let copied = copy::run(&task, &walk, &outside, parent, server.version, events).await?;
+    let place = beside::Place { backup: id, generation: id.generation, timeline: control.timeline };
+    let failed = besides(repository, options, place, &client, events).await?;
     let stopped = client.stop_backup(server.version).await?;
     // The session must live until the stop: a backup ends with the session that began it.
     drop(client);
@@ -108,7 +113,31 @@ pub async fn run(repository: &Repository, options: &Options, events: &Events) ->
         commit(repository, &task, (&server, &control), &walk, (copied, parent_id), (started_at, stopped)).await?;
     let elapsed = repository.clock().monotonic() - began;
     events.emit(Event::BackupDone { id, read: head.bytes, stored: head.stored, elapsed });
-    Ok(Done { head, elapsed })
+    Ok(Done { head, elapsed, failed })
+}
+
+/// Snapshots of what lies beside the database. A directory that cannot be read is no reason to have no backup.
+async fn besides(
+    repository: &Repository,
+    options: &Options,
+    place: beside::Place,
+    client: &Client,
+    events: &Events,
+) -> Result<Vec<Error>> {
+    let mut failed = Vec::new();
+    for directory in &options.beside {
+        // What an application has put there of a commit, it has put there after the commit.
+        let position = async || Ok((client.inserted().await?, client.now().await?));
+        match beside::take(repository, directory, place, position, events).await {
+            Ok(_) => (),
+            Err(error) if error.kind() == Kind::Fenced => return Err(error),
+            Err(error) => {
+                events.alarm(format!("no snapshot of '{}' goes with the backup: {error}", directory.name));
+                failed.push(error);
+            }
+        }
+    }
+    Ok(failed)
 }
 
 /// A last backup that cannot be read must not stand in the way of a new one.
@@ -226,7 +255,7 @@ async fn commit(
     (copied, parent): (Copied, Option<BackupId>),
     (started_at, stopped): (Timestamp, Stopped),
 ) -> Result<BackupHead> {
-    let mut writer = ManifestWriter::new(repository.descriptor().codec);
+    let mut writer = LinesWriter::new(repository.descriptor().codec);
     copied.packs.iter().try_for_each(|pack| writer.add(&Line::Pack(*pack)))?;
     for item in &walk.items {
         if let Item::Dir { path, mode } = item {
@@ -275,10 +304,9 @@ async fn commit(
         parent,
         damaged: copied.damaged,
         damaged_pages: copied.damaged_pages,
-        frames: Vec::new(),
-        frames_sha256: Sha256([0; 32]),
+        lines: Lines::none(),
     };
-    let body = writer.finish(head)?;
+    let body = head.with(writer)?;
     check_newest(repository, task.id.generation).await?;
     still_there(repository, parent, &copied.packs).await?;
     repository.put_manifest(task.id, &body).await?;

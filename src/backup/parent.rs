@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use crate::error::Result;
 use crate::model::{BackupId, Generation, Lsn, PackId, SystemId, Timeline, Timestamp};
 use crate::repository::manifest::{BackupHead, FileEntry, Line, REGION};
-use crate::repository::{Repository, layout};
+use crate::repository::{BesideHead, Region, Repository, layout};
 use crate::wal::{History, WalFileName};
 
 /// Which server's, to know which backups lie in its past.
@@ -62,18 +62,7 @@ impl Parent {
         let mut broken = false;
         repository
             .read_manifest(head.backup_id, |line| {
-                match line {
-                    Line::Pack(pack) => parent.packs.push(pack),
-                    Line::File(file) if file.outside.is_none() => {
-                        let packs = parent.packs.len();
-                        let sound = |region: &crate::repository::Region| {
-                            region.is_sound() && region.frames().all(|frame| (frame.pack as usize) < packs)
-                        };
-                        broken |= !file.regions.iter().all(sound);
-                        parent.files.insert(file.path.clone(), file);
-                    }
-                    _ => (),
-                }
+                broken |= !parent.add(line);
                 Ok(())
             })
             .await?;
@@ -83,8 +72,38 @@ impl Parent {
         }
     }
 
-    /// A backup that was just made.
-    #[cfg(test)]
+    /// A snapshot of a directory beside the database.
+    pub async fn beside(repository: &Repository, head: &BesideHead) -> Result<Parent> {
+        let (id, start) = (head.backup_id, head.lsn);
+        let mut parent = Parent { id, start, exact: false, packs: Vec::new(), files: HashMap::new() };
+        let (mut broken, key) = (false, head.key());
+        repository
+            .read_beside(&key, |line| {
+                broken |= !parent.add(line);
+                Ok(())
+            })
+            .await?;
+        if broken { Err(repository.corrupt(&key, "a file names what is not there")) } else { Ok(parent) }
+    }
+
+    /// Whether the line is sound.
+    fn add(&mut self, line: Line) -> bool {
+        match line {
+            Line::Pack(pack) => self.packs.push(pack),
+            Line::File(file) if file.outside.is_none() => {
+                let packs = self.packs.len();
+                let is_sound =
+                    |region: &Region| region.is_sound() && region.frames().all(|frame| (frame.pack as usize) < packs);
+                let sound = file.regions.iter().all(is_sound);
+                self.files.insert(file.path.clone(), file);
+                return sound;
+            }
+            _ => (),
+        }
+        true
+    }
+
+    /// What was just copied.
     pub fn of(id: BackupId, start: Lsn, copied: &super::copy::Copied) -> Parent {
         let files = copied.files.iter().map(|file| (file.path.clone(), file.clone())).collect();
         Parent { id, start, exact: true, packs: copied.packs.clone(), files }

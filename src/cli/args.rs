@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
 
-use crate::model::{BackupId, ByteSize, Generation, Lsn, Timeline, Timestamp, parse_duration};
+use crate::model::{BackupId, Beside, ByteSize, Generation, Lsn, Timeline, Timestamp, parse_duration};
 
 /// PostgreSQL on machines that can vanish: backup, WAL archive, restore and supervision on an object store.
 #[derive(Debug, Parser)]
@@ -148,6 +148,10 @@ pub struct Keep {
     /// A statement that must say true in the restored database; may be given several times
     #[arg(long, value_name = "SQL")]
     pub drill_check: Vec<String>,
+    /// A directory to keep beside the database (an application's index, its uploads): a snapshot goes with each backup and
+    /// each clean stop, and is put back when the database is restored; may be given several times
+    #[arg(long = "with", value_name = "NAME=DIR")]
+    pub beside: Vec<Beside>,
     /// What is kept of old backups; without any rule nothing is ever deleted
     #[command(flatten)]
     pub retention: Retention,
@@ -222,6 +226,9 @@ pub struct Backup {
     /// Store everything anew, instead of only what has changed since the last backup
     #[arg(long)]
     pub full: bool,
+    /// Take a snapshot of a directory beside the database too; may be given several times
+    #[arg(long = "with", value_name = "NAME=DIR")]
+    pub beside: Vec<Beside>,
     /// Spread the first checkpoint instead of hurrying it
     #[arg(long)]
     pub spread_checkpoint: bool,
@@ -258,6 +265,10 @@ pub struct Restore {
     /// Put a tablespace, named by its oid or former location, into another directory
     #[arg(long, value_name = "OID|DIR=DIR")]
     pub tablespace: Vec<String>,
+    /// Put back a directory beside the database, from the newest snapshot that is not ahead of the target; may be given
+    /// several times
+    #[arg(long = "with", value_name = "NAME=DIR")]
+    pub beside: Vec<Beside>,
     /// Delete what is in the directory (and in those of tablespaces)
     #[arg(long)]
     pub force: bool,

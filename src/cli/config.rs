@@ -42,6 +42,8 @@ pub struct Config {
     pub pg_bindir: Option<std::path::PathBuf>,
     /// How long a request to the store is tried before it is given up.
     pub patience: Option<String>,
+    /// Directories beside the database, by name.
+    pub with: std::collections::BTreeMap<String, std::path::PathBuf>,
     pub s3: S3,
 }
 

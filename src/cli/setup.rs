@@ -6,6 +6,7 @@ use std::sync::Arc;
 use crate::clock::Clock;
 use crate::error::{Error, IoContext, Result};
 use crate::events::Events;
+use crate::model::Beside;
 use crate::repository::{Codec, Repository};
 use crate::storage::{self, Location, Policy, S3Settings, Store, StoreSettings};
 
@@ -75,6 +76,16 @@ impl Setup {
         argument
             .or_else(|| self.config.data_dir.clone())
             .ok_or_else(|| Error::usage("no data directory is named").hint("add -D DIR, or set PGDATA"))
+    }
+
+    /// Directories beside the database: as given, or else those of the file.
+    pub fn besides(&self, given: Vec<Beside>) -> Result<Vec<Beside>> {
+        if !given.is_empty() {
+            return Beside::check(given).map_err(Error::from);
+        }
+        let configured = self.config.with.iter();
+        let texts = configured.map(|(name, path)| format!("{name}={}", path.display()).parse::<Beside>());
+        Ok(Beside::check(texts.collect::<std::result::Result<_, _>>()?)?)
     }
 
     /// A duration of the configuration file.

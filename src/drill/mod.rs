@@ -111,6 +111,7 @@ async fn drill(
         keep_archiving: false,
         fetch_command,
         writer: None,
+        beside: Vec::new(),
     };
     let choice = restore::choose(repository, &restore).await?;
     record.backup = Some(choice.backup.backup_id);

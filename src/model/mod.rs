@@ -3,11 +3,13 @@
 //! Nothing here does I/O or imports anything else of ours. A value of these types is valid by construction:
 //! text from outside becomes one of them through `FromStr`, which says what is wrong with it.
 
+mod beside;
 mod ids;
 mod lsn;
 mod size;
 mod timestamp;
 
+pub use beside::{Beside, DirectoryName};
 pub use ids::{BackupId, Generation, PackId, RepositoryId, SystemId, WriteId};
 pub use lsn::{Lsn, Timeline};
 pub use size::{ByteSize, human_bytes, parse_duration};

@@ -197,6 +197,11 @@ impl Client {
         Ok(self.text("pg_current_wal_flush_lsn()").await?.parse()?)
     }
 
+    /// The end of what has been written of WAL, flushed or not.
+    pub async fn inserted(&self) -> Result<Lsn> {
+        Ok(self.text("pg_current_wal_insert_lsn()").await?.parse()?)
+    }
+
     /// When the server was started, by its own clock.
     pub async fn started(&self) -> Result<Timestamp> {
         let micros = "(extract(epoch FROM pg_postmaster_start_time()) * 1000000)::bigint";

@@ -1,6 +1,6 @@
 //! Every key of a repository, built and parsed here and nowhere else. Relative to the repository's prefix.
 
-use crate::model::{BackupId, Generation, PackId, Timeline, Timestamp, WriteId};
+use crate::model::{BackupId, DirectoryName, Generation, PackId, Timeline, Timestamp, WriteId};
 use crate::wal::{SegmentName, WalFileName};
 
 pub const DESCRIPTOR: &str = "perennial.json";
@@ -76,6 +76,18 @@ pub fn pin(backup: BackupId, pin: WriteId) -> String {
     format!("{BACKUPS}/{backup}/pins/{pin}")
 }
 
+/// A snapshot of a directory beside the database. It hangs on a backup.
+pub fn beside(backup: BackupId, name: &DirectoryName, id: WriteId) -> String {
+    format!("{BACKUPS}/{backup}/beside/{name}/{id}")
+}
+
+/// The snapshot of a key.
+pub fn parse_beside(key: &str) -> Option<(BackupId, DirectoryName, WriteId)> {
+    let (backup, rest) = key.strip_prefix(BACKUPS)?.strip_prefix('/')?.split_once("/beside/")?;
+    let (name, id) = rest.split_once('/')?;
+    Some((backup.parse().ok()?, name.parse().ok()?, id.parse().ok()?))
+}
+
 pub fn pack(pack: PackId) -> String {
     format!("{PACKS}/{pack}")
 }
@@ -124,6 +136,7 @@ pub enum OfBackup {
     Begun,
     Tombstone,
     Pin,
+    Beside,
 }
 
 /// The backup of an object under `backups/`, and what the object is.
@@ -134,6 +147,7 @@ pub fn parse_backup(key: &str) -> Option<(BackupId, OfBackup)> {
         "begun" => OfBackup::Begun,
         "deleted" => OfBackup::Tombstone,
         pin if pin.strip_prefix("pins/").is_some_and(|id| id.parse::<WriteId>().is_ok()) => OfBackup::Pin,
+        _ if parse_beside(key).is_some() => OfBackup::Beside,
         _ => return None,
     };
     Some((id.parse().ok()?, what))
@@ -185,6 +199,7 @@ mod tests {
             (begun(backup), OfBackup::Begun),
             (tombstone(backup), OfBackup::Tombstone),
             (pin(backup, WriteId([7; 16])), OfBackup::Pin),
+            (beside(backup, &"index".parse().expect("a name"), WriteId([7; 16])), OfBackup::Beside),
         ] {
             assert_eq!(parse_backup(&key), Some((backup, what)));
         }

@@ -3,6 +3,7 @@
 //! Everything is written once. docs/format.md describes every byte; keys are built and parsed in [`layout`] only.
 //! What a restore needs is answered in [`reach`] only, so that restore, retention and verify cannot disagree.
 
+mod beside;
 pub mod codec;
 mod descriptor;
 mod document;
@@ -10,6 +11,7 @@ mod drill;
 mod envelope;
 mod generation;
 pub mod layout;
+mod lines;
 pub mod log;
 pub mod manifest;
 pub mod pack;
@@ -27,6 +29,7 @@ use crate::clock::Clock;
 use crate::error::{Error, Result};
 use crate::storage::{Body, Created, Store, probe, read_small};
 
+pub use beside::BesideHead;
 pub use codec::Codec;
 pub use descriptor::Descriptor;
 pub use drill::DrillRecord;

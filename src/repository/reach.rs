@@ -177,7 +177,6 @@ impl<'a> View<'a> {
 mod tests {
     use super::*;
     use crate::model::{RepositoryId, SystemId, WriteId};
-    use crate::repository::codec::Sha256;
     use crate::repository::log::LogRun;
     use crate::repository::{Claim, WalPlace, WalSource};
     use crate::wal::Switch;
@@ -253,8 +252,7 @@ mod tests {
             parent: None,
             damaged: Vec::new(),
             damaged_pages: 0,
-            frames: Vec::new(),
-            frames_sha256: Sha256::of(b""),
+            lines: crate::repository::manifest::Lines::none(),
         }
     }
 

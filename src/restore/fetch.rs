@@ -18,9 +18,9 @@ use crate::model::{BackupId, PackId};
 use crate::postgres::control_file::CONTROL_FILE;
 use crate::postgres::page::PAGE;
 use crate::repository::codec::{Sha256, decompress_to};
-use crate::repository::manifest::{Directory, FileEntry, Line, Pages, Region};
+use crate::repository::manifest::{Directory, FileEntry, Line, Link, Pages, Region};
 use crate::repository::pack::FrameRef;
-use crate::repository::{Repository, layout};
+use crate::repository::{BesideHead, Repository, layout};
 
 /// Requests at once, and how much each asks for at most. The memory budget of a restore is twice their product and a
 /// region for each, about 60 MB, besides the list of files.
@@ -38,6 +38,8 @@ const PROGRESS_STEP: u64 = 16 << 20;
 pub struct Contents {
     pub packs: Vec<PackId>,
     pub directories: Vec<Directory>,
+    /// Of a backup these are not made: the operator may map its tablespaces, which its head lists.
+    pub links: Vec<Link>,
     pub files: Vec<FileEntry>,
 }
 
@@ -46,23 +48,41 @@ impl Contents {
         let mut contents = Contents::default();
         repository
             .read_manifest(backup, |line| {
-                match line {
-                    Line::Pack(pack) => contents.packs.push(pack),
-                    Line::Dir(directory) => contents.directories.push(directory),
-                    Line::File(file) => contents.files.push(file),
-                    // Links are made from the head's list of tablespaces, which the operator may map.
-                    Line::Link(_) | Line::End(_) => (),
-                }
+                contents.add(line);
                 Ok(())
             })
             .await?;
-        contents.check(repository, backup)?;
+        contents.check(repository, &layout::manifest(backup))?;
         outside::place(&mut contents);
         Ok(contents)
     }
 
-    fn check(&self, repository: &Repository, backup: BackupId) -> Result<()> {
-        let wrong = |why: String| repository.corrupt(&layout::manifest(backup), why);
+    /// The same of a directory beside the database.
+    pub async fn read_beside(repository: &Repository, head: &BesideHead) -> Result<Contents> {
+        let mut contents = Contents::default();
+        let key = head.key();
+        repository
+            .read_beside(&key, |line| {
+                contents.add(line);
+                Ok(())
+            })
+            .await?;
+        contents.check(repository, &key)?;
+        Ok(contents)
+    }
+
+    fn add(&mut self, line: Line) {
+        match line {
+            Line::Pack(pack) => self.packs.push(pack),
+            Line::Dir(directory) => self.directories.push(directory),
+            Line::Link(link) => self.links.push(link),
+            Line::File(file) => self.files.push(file),
+            Line::End(_) => (),
+        }
+    }
+
+    fn check(&self, repository: &Repository, key: &str) -> Result<()> {
+        let wrong = |why: String| repository.corrupt(key, why);
         for file in &self.files {
             let size: u64 = file.regions.iter().map(|region| u64::from(region.plain)).sum();
             if size != file.size {
@@ -147,11 +167,23 @@ pub(super) struct Range {
 }
 
 pub async fn write_files(repository: &Repository, contents: &Contents, data_dir: &Path, events: &Events) -> Result<()> {
-    let paths = contents
-        .files
-        .iter()
-        .map(|file| Ok((place_of(data_dir, &file.path)?, file.mode)))
-        .collect::<Result<Vec<_>>>()?;
+    let place = |file: &FileEntry| Ok((place_of(data_dir, &file.path)?, file.mode));
+    write_to(repository, contents, contents.files.iter().map(place).collect::<Result<_>>()?, events).await
+}
+
+/// The same for a directory without a control file.
+pub async fn write_plain_files(repository: &Repository, contents: &Contents, directory: &Path) -> Result<()> {
+    let place = |file: &FileEntry| Ok((inside(directory, &file.path)?, file.mode));
+    let paths = contents.files.iter().map(place).collect::<Result<_>>()?;
+    write_to(repository, contents, paths, &Events::silent()).await
+}
+
+async fn write_to(
+    repository: &Repository,
+    contents: &Contents,
+    paths: Vec<(PathBuf, u32)>,
+    events: &Events,
+) -> Result<()> {
     for (file, (path, mode)) in contents.files.iter().zip(&paths) {
         if file.regions.is_empty() {
             open(path, *mode)?;

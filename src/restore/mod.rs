@@ -1,6 +1,7 @@
 //! Restores: choose a backup and check the target against what is reachable (pure), fetch and write files, and leave a
 //! directory that PostgreSQL recovers from there. A directory that is not finished can only be restored again.
 
+pub mod beside;
 mod fetch;
 mod find;
 mod layout;
@@ -17,7 +18,7 @@ use std::path::{Path, PathBuf};
 use crate::disk::{self, Lock};
 use crate::error::{Error, IoContext, Result};
 use crate::events::{Event, Events};
-use crate::model::{BackupId, Generation, Timeline};
+use crate::model::{BackupId, Beside, Generation, Timeline};
 use crate::postgres::data_dir::{OWN_DIR, RESTORE_MARKER};
 use crate::postgres::{PostmasterFile, is_vacant};
 use crate::repository::manifest::BackupHead;
@@ -48,6 +49,8 @@ pub struct Options {
     pub fetch_command: Vec<String>,
     /// Whose directory it becomes, noted in it before it is finished; nobody's yet when `None`.
     pub writer: Option<Writer>,
+    /// Directories beside the database, to be put back with it.
+    pub beside: Vec<Beside>,
 }
 
 /// What a restore came to.
@@ -61,7 +64,7 @@ pub struct Restored {
 pub async fn run(repository: &Repository, options: &Options, events: &Events) -> Result<Restored> {
     let began = repository.clock().monotonic();
     check_directory(&options.data_dir, options.force)?;
-    let choice = choose(repository, options).await?;
+    let (choice, reachable) = choose_in(repository, options).await?;
     for damage in &choice.damaged {
         events.warning(format!("a backup cannot be used: {damage}"));
     }
@@ -88,6 +91,8 @@ pub async fn run(repository: &Repository, options: &Options, events: &Events) ->
     let settings = recovery::settings(&choice, options);
     recovery::write(&options.data_dir, &backup, &tablespaces, &settings)?;
     pg_manifest::write(&options.data_dir, &backup, &contents.files, &tablespaces)?;
+    let point = beside::Point::of(&choice);
+    beside::restore(repository, &options.beside, &reachable, point, events).await?;
     if let Some(writer) = &options.writer {
         writer.save(&options.data_dir.join(OWN_DIR))?;
     }
@@ -112,9 +117,13 @@ pub fn lock(data_dir: &Path) -> Result<Lock> {
 
 /// Decides what would be restored, without writing anything.
 pub async fn choose(repository: &Repository, options: &Options) -> Result<Choice> {
-    let reachable = Reachable::read(repository, options.generation, options.timeline).await?;
+    Ok(choose_in(repository, options).await?.0)
+}
+
+async fn choose_in(repository: &Repository, options: &Options) -> Result<(Choice, Reachable)> {
+    let mut reachable = Reachable::read(repository, options.generation, options.timeline).await?;
     let target = find::locate(repository, &reachable, &options.target, options.inclusive).await?;
-    plan::choose(reachable, options.backup, &target)
+    Ok((plan::choose(&mut reachable, options.backup, &target)?, reachable))
 }
 
 /// Whether a restore as asked for could be done here: to be known before anything is taken from anybody.

@@ -133,12 +133,14 @@ impl Choice {
 }
 
 /// Chooses the newest backup from which the target can be reached, or checks the one that was named.
-pub fn choose(reachable: Reachable, backup: Option<BackupId>, located: &Located) -> Result<Choice> {
-    let outcome = choose_from(&reachable, backup, located);
+pub fn choose(reachable: &mut Reachable, backup: Option<BackupId>, located: &Located) -> Result<Choice> {
+    let outcome = choose_from(reachable, backup, located);
     // Without a sound backup, the damage is what the operator must know.
-    match (outcome, reachable.damaged.into_iter().next()) {
-        (Err(error), Some(damage)) if error.kind() == Kind::NotFound => Err(damage),
-        (outcome, _) => outcome,
+    match outcome {
+        Err(error) if error.kind() == Kind::NotFound && !reachable.damaged.is_empty() => {
+            Err(reachable.damaged.swap_remove(0))
+        }
+        outcome => outcome,
     }
 }
 

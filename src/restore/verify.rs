@@ -64,6 +64,7 @@ pub async fn verify(repository: &Repository, depth: Depth, events: &Events) -> R
         look_at_backup(repository, backup, &packs, depth, &mut report).await?;
         tell(events, format!("backup {}: {} findings", backup.backup_id, report.findings.len() - before));
     }
+    look_at_besides(repository, &packs, depth, &mut report).await?;
     look_at_consistency(repository, &sound, &mut report).await?;
     let claims = repository.claims(repository.generations().await?).await?;
     let mut seen = BTreeSet::new();
@@ -124,11 +125,43 @@ async fn look_at_backup(
 ) -> Result<()> {
     let consequence =
         || format!("backup {} (taken {}) cannot be restored", backup.backup_id, backup.stopped_at.short());
-    let contents = match Contents::read(repository, backup.backup_id).await {
-        Ok(contents) => contents,
-        Err(error) => return report.find_or(error, consequence()),
-    };
-    let fetch = fetch::plan(&contents);
+    match Contents::read(repository, backup.backup_id).await {
+        Ok(contents) => look_at_contents(repository, &contents, packs, depth, &consequence, report).await,
+        Err(error) => report.find_or(error, consequence()),
+    }
+}
+
+/// Directories beside the database.
+async fn look_at_besides(
+    repository: &Repository,
+    packs: &BTreeMap<String, u64>,
+    depth: Depth,
+    report: &mut Report,
+) -> Result<()> {
+    let (sound, damaged) = repository.besides(None).await?;
+    for error in damaged {
+        report.find(&error, "a snapshot of a directory beside the database cannot be put back".to_owned());
+    }
+    for head in sound {
+        let consequence =
+            || format!("'{}' as of {} ({}) cannot be put back", head.name, head.lsn, head.taken_at.short());
+        match Contents::read_beside(repository, &head).await {
+            Ok(contents) => look_at_contents(repository, &contents, packs, depth, &consequence, report).await?,
+            Err(error) => report.find_or(error, consequence())?,
+        }
+    }
+    Ok(())
+}
+
+async fn look_at_contents(
+    repository: &Repository,
+    contents: &Contents,
+    packs: &BTreeMap<String, u64>,
+    depth: Depth,
+    consequence: &(dyn Fn() -> String + Sync),
+    report: &mut Report,
+) -> Result<()> {
+    let fetch = fetch::plan(contents);
     let mut needed: BTreeMap<PackId, u64> = BTreeMap::new();
     for range in &fetch.ranges {
         let end = needed.entry(range.pack).or_default();

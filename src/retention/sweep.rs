@@ -86,7 +86,7 @@ pub async fn find(
 
 /// A tombstone goes last: while anything of a backup is there, it must not come back.
 fn in_order(of: &BackupObjects) -> Vec<Entry> {
-    let rest = of.pins.iter().chain(&of.begun).chain(&of.manifest).chain(&of.tombstone);
+    let rest = of.pins.iter().chain(&of.begun).chain(&of.beside).chain(&of.manifest).chain(&of.tombstone);
     rest.cloned().collect()
 }
 
@@ -204,7 +204,13 @@ async fn packs(
     let may_be_new = |entry: &Entry| entry.modified > grace_over || begun.is_some_and(|begun| entry.modified >= begun);
     let (mut marked, mut marked_later): (BTreeSet<PackId>, BTreeSet<PackId>) = Default::default();
     let needed = objects.iter().filter(|(id, of)| of.manifest.is_some() && !over.now.contains(id));
-    let reads = needed.map(|(id, _)| async move { Ok::<_, Error>((*id, repository.packs_of(*id).await?)) });
+    let reads = needed.map(|(id, of)| async move {
+        let mut packs = repository.packs_of(*id).await?;
+        for snapshot in &of.beside {
+            packs.extend(repository.packs_of_beside(&snapshot.key).await?);
+        }
+        Ok::<_, Error>((*id, packs))
+    });
     let mut reads = futures::stream::iter(reads).buffer_unordered(PARALLEL);
     while let Some((id, packs)) = reads.try_next().await? {
         if !over.later.contains(&id) {

@@ -25,7 +25,7 @@ use crate::clock::Clock;
 use crate::disk;
 use crate::error::{Error, Result};
 use crate::events::{Event, Events};
-use crate::model::{ByteSize, Generation, WriteId};
+use crate::model::{Beside, ByteSize, Generation, WriteId};
 use crate::postgres::{ConnectOptions, Install, version_of};
 use crate::repository::log::Position;
 use crate::repository::{Claim, Codec, NewWriter, Repository, Writer};
@@ -70,6 +70,8 @@ pub struct Options {
     /// What is kept of old backups; no rule: everything.
     pub keep: Keep,
     pub prune_grace: Duration,
+    /// Directories beside the database.
+    pub beside: Vec<Beside>,
     /// Address and port on which readiness, status and metrics are told.
     pub http: Option<String>,
     /// Where to ask for notices that the machine will go away.
@@ -241,6 +243,7 @@ impl Machine<'_> {
             keep_archiving: true,
             fetch_command: self.options.fetch_command.clone(),
             writer: None,
+            beside: self.options.beside.clone(),
         };
         // Before the claim: a machine that cannot be the database must not take it from one that can.
         self.install(Some(newest.pg_major))?;
@@ -289,6 +292,10 @@ impl Machine<'_> {
                 return Ok(None);
             };
             return Err(refusal.into());
+        }
+        if let Some(end) = last.end() {
+            let lost = restore::beside::lost(&self.options.beside)?;
+            restore::beside::put_back_lost(&repository, &lost, writer.claim.generation, end, self.events).await?;
         }
         let start = last.end().map_or(Start::Now, Start::Continue);
         Ok(Some(Taken { writer, start }))

@@ -150,6 +150,7 @@ async fn next(options: &Options, pusher: &Pusher, at_once: bool, events: &Events
         fail_on_damage: false,
         full: false,
         wal_timeout: Duration::from_secs(3600),
+        beside: options.beside.clone(),
     };
     backup::run(repository, &backup, events).await.map(|done| done.head.backup_id)
 }

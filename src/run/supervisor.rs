@@ -237,11 +237,12 @@ impl Keeper<'_> {
         let deadline = self.deadline.unwrap_or(self.clock.monotonic() + self.options.grace);
         streaming.order(Order::Finish);
         let progress = streaming.progress.clone();
+        let left = deadline.saturating_sub(self.clock.monotonic()).max(LAST_WORDS);
+        let beside = (&*self.options.beside, left / 2);
         let work = async {
             let log = streaming.task.await.map_err(|e| Error::internal("the stream's task ended").source(e))??;
-            ending::release(log, self.pusher, status.success(), self.events).await
+            ending::release(log, self.pusher, status.success(), beside, self.events).await
         };
-        let left = deadline.saturating_sub(self.clock.monotonic()).max(LAST_WORDS);
         let outcome = self.clock.within(left, work).await;
         let error = match outcome {
             Some(Ok(())) => return,

@@ -37,7 +37,15 @@ fn repository(scratch: &Scratch) -> (Bucket, String, String) {
     first.sql("INSERT INTO large SELECT n, repeat('x', 1000) FROM generate_series(1, 2000) n");
     bucket.must(&["backup", "-D", first.data_dir().to_str().expect("text")]);
     first.sql("UPDATE large SET text = repeat('y', 1000) WHERE id IN (1, 1000, 2000)");
-    let last = bucket.json(&["backup", "-D", first.data_dir().to_str().expect("text")]);
+    // Beside it a directory, of which only a part is new with the last backup.
+    let index = scratch.dir("index");
+    std::fs::write(index.join("small"), "first").expect("written");
+    std::fs::write(index.join("large"), vec![7; 3_000_000]).expect("written");
+    give(&index);
+    let with = format!("--with=index={}", index.display());
+    bucket.must(&["backup", "-D", first.data_dir().to_str().expect("text"), &with]);
+    std::fs::write(index.join("small"), "second").expect("written");
+    let last = bucket.json(&["backup", "-D", first.data_dir().to_str().expect("text"), &with]);
     bucket.must(&["prune", "--keep-last=1", "--prune-grace=0"]);
     let key = format!("backups/{}/manifest", last["backup"]["id"].as_str().expect("an id"));
     let manifest = reader(&["cat", bucket.path().to_str().expect("text"), &key]);
@@ -63,6 +71,15 @@ fn a_stranger_with_the_format_page_restores_a_backup_and_its_wal() {
     let path = bucket.path();
     let checked = reader(&["check", path.to_str().expect("text")]);
     assert!(checked.status.success(), "{}", text(&checked));
+
+    let all = all_files(&path);
+    let snapshot = all.iter().find(|file| file.to_str().is_some_and(|text| text.contains("/beside/index/")));
+    let key = snapshot.expect("a snapshot").strip_prefix(&path).expect("below").to_str().expect("text");
+    let back = scratch.path().join("index again");
+    let put = reader(&["beside", path.to_str().expect("text"), key, back.to_str().expect("text")]);
+    assert!(put.status.success(), "{}", text(&put));
+    assert_eq!(std::fs::read(back.join("small")).expect("there"), b"second");
+    assert!(std::fs::read(back.join("large")).expect("there") == vec![7; 3_000_000]);
 
     let data = scratch.dir("c").join("data");
     let elsewhere = scratch.dir("elsewhere");

@@ -308,9 +308,19 @@ class Repository:
 
     def manifest(self, backup):
         """Head and text of a manifest, and its lines by kind, as lists of values."""
-        key = f"backups/{backup}/manifest"
+        return self.listed(f"backups/{backup}/manifest", "perennial/backup/1")
+
+    def beside(self, key):
+        """The same of a snapshot of a directory beside the database."""
+        head, text, lines = self.listed(key, "perennial/beside/1")
+        demand([head["name"], head["write_id"]] == key.split("/")[3:], key, "belongs elsewhere")
+        return head, text, lines
+
+    def listed(self, key, kind):
+        """An object that lists files."""
         with reading(key):
-            head, body = split_head(key, self.read(key), "perennial/backup/1")
+            head, body = split_head(key, self.read(key), kind)
+            backup = key.split("/")[1]
             demand(head["backup_id"] == backup and head["repository_id"] == self.id, key, "belongs elsewhere")
             text = unpack_all(key, body, head["frames"], head["frames_sha256"])
             lines = {"pack": [], "dir": [], "link": [], "file": [], "end": []}
@@ -318,8 +328,9 @@ class Repository:
                 for kind, value in json.loads(line).items():
                     lines[kind].append(value)
             demand(lines["end"] == [count] == [value], key, "the end line is wrong or missing")
-            counted = [len(lines["file"]), len(lines["pack"]), sum(file["size"] for file in lines["file"])]
-            demand(counted == [head["files"], head["packs"], head["bytes"]], key, "a count is wrong")
+            counted = [len(lines["file"]), sum(file["size"] for file in lines["file"])]
+            demand(counted == [head["files"], head["bytes"]], key, "a count is wrong")
+            demand(len(lines["pack"]) == head.get("packs", len(lines["pack"])), key, "a count is wrong")
             return head, text, lines
 
     def file_content(self, packs, file, with_crc=False):
@@ -496,6 +507,24 @@ def restore(repo, target, backup, moved):
     print(f"restored {head['backup_id']}: {head['files']} files, WAL {needed[0][0]} to {needed[-1][0]}")
 
 
+def put_back(repo, key, target):
+    """Put back a directory beside the database from one snapshot."""
+    head, _, lines = repo.beside(key)
+    empty_directory(target)
+    for entry in sorted(lines["dir"] + lines["file"] + lines["link"], key=lambda entry: entry["path"]):
+        path = os.path.join(target, entry["path"])
+        demand(".." not in entry["path"].split("/") and not os.path.isabs(entry["path"]), key, "a path leads outside")
+        if "target" in entry:
+            os.symlink(entry["target"], path)
+        elif "regions" in entry:
+            write(path, repo.file_content(lines["pack"], entry), entry["mode"])
+        else:
+            os.mkdir(path)
+    for entry in sorted(lines["dir"], key=lambda entry: entry["path"], reverse=True):
+        os.chmod(os.path.join(target, entry["path"]), entry["mode"])
+    print(f"{head['name']}: {head['files']} files, not ahead of {head['lsn']}")
+
+
 def check_log(repo, generation):
     """Verify a log and its bounds. Entries that never counted may be anything, but few can lie behind a hole."""
     for number in repo.numbers(generation, "collected"):
@@ -531,8 +560,13 @@ def check_key(repo, key):
         parse_document(key, repo.read(key), f"perennial/{kind}")
     elif re.fullmatch(r"(prunes|drills)/[0-9a-f]{16}-[0-9a-f]{32}", key):
         parse_document(key, repo.read(key), f"perennial/{parts[0][:-1]}")
-    elif re.fullmatch(r"backups/[^/]+/manifest", key) and parts[1] not in repo.backups():
+    elif parts[0] == "backups" and parts[1] not in repo.backups():
         pass  # what a deleted backup names may be gone
+    elif re.fullmatch(r"backups/[^/]+/beside/[a-z0-9_-]{1,60}/[0-9a-f]{32}", key):
+        head, _, lines = repo.beside(key)
+        for file in lines["file"]:
+            size = sum(map(len, repo.file_content(lines["pack"], file, with_crc=True)))
+            demand(size == file["size"], key, f"{file['path']} has {size} bytes in its regions")
     elif re.fullmatch(r"backups/[^/]+/manifest", key):
         head, _, lines = repo.manifest(parts[1])
         for file in lines["file"]:
@@ -572,6 +606,8 @@ def cat(repo, key):
         content = [repo.entry(key)[1]]
     elif key.endswith("/manifest"):
         content = [repo.manifest(key.split("/")[1])[1]]
+    elif "/beside/" in key:
+        content = [repo.beside(key)[1]]
     elif key.startswith("packs/"):
         content = (unpack(key, frame) for frame in repo.pack_frames(key))
     else:
@@ -586,12 +622,14 @@ def cat(repo, key):
 def main():
     parser = argparse.ArgumentParser(description="Read a repository as docs/format.md describes it")
     commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("restore", "check", "cat"):
+    for name in ("restore", "beside", "check", "cat"):
         commands.add_parser(name).add_argument("repo")
     commands.choices["restore"].add_argument("target")
     commands.choices["restore"].add_argument("--backup", metavar="ID")
     commands.choices["restore"].add_argument("--tablespace", metavar="OID=DIR", action="append", default=[])
     commands.choices["cat"].add_argument("key")
+    commands.choices["beside"].add_argument("key")
+    commands.choices["beside"].add_argument("target")
     args = parser.parse_args()
     try:
         repo = Repository(args.repo)
@@ -599,6 +637,8 @@ def main():
             return check(repo)
         if args.command == "cat":
             return cat(repo, args.key)
+        if args.command == "beside":
+            return put_back(repo, args.key, args.target)
         moved = {oid: os.path.abspath(place) for oid, place in (item.split("=", 1) for item in args.tablespace)}
         return restore(repo, args.target, args.backup, moved)
     except (Damage, OSError) as problem:

@@ -14,6 +14,7 @@
 mod support;
 
 mod agent;
+mod beside;
 mod boots;
 mod damage;
 mod drills;

@@ -33,6 +33,7 @@ pub fn run(setup: &Setup, args: args::Backup) -> Result<i32> {
             fail_on_damage: args.fail_on_damage,
             full: args.full,
             wal_timeout: args.wal_timeout,
+            beside: setup.besides(args.beside)?,
         };
         let repository = Repository::open(store, &setup.clock).await?;
         if repository.descriptor().repository_id != writer.descriptor.repository_id {
@@ -58,6 +59,7 @@ pub fn run(setup: &Setup, args: args::Backup) -> Result<i32> {
                 human_bytes(done.head.stored)
             ));
         }
-        Ok(0)
+        // The backup is there; what was asked for besides is not.
+        done.failed.into_iter().next().map_or(Ok(0), Err)
     })
 }

@@ -8,7 +8,7 @@ use crate::error::Result;
 use crate::model::{Generation, Timestamp, human_bytes};
 use crate::repository::manifest::{BackupHead, Backups};
 use crate::repository::reach::Window;
-use crate::repository::{Claim, Repository, tips};
+use crate::repository::{BesideHead, Claim, Repository, tips};
 use crate::restore::Reachable;
 
 /// A window and what its last segment tells of time.
@@ -25,16 +25,21 @@ pub async fn run(setup: &Setup) -> Result<i32> {
     for damage in &damaged {
         setup.events.warning(format!("a backup cannot be used: {damage}"));
     }
+    let (besides, damaged) = repository.besides(None).await?;
+    for damage in &damaged {
+        setup.events.warning(format!("a snapshot cannot be used: {damage}"));
+    }
     let mut stretches = Vec::new();
     for tip in tips(&claims) {
         stretches.extend(stretches_of(&repository, tip).await?);
     }
     if setup.global.json {
-        return tell_json(&repository, &claims, &backups, &stretches).map(|()| 0);
+        return tell_json(&repository, &claims, (&backups, &besides), &stretches).map(|()| 0);
     }
     output::line(format!("repository {} ({})\n", repository.address(), repository.descriptor().repository_id));
     tell_windows(&stretches);
     tell_backups(&backups);
+    tell_besides(&besides);
     tell_generations(&claims);
     Ok(0)
 }
@@ -111,6 +116,31 @@ fn tell_backups(backups: &[BackupHead]) {
     output::line("");
 }
 
+/// Directories beside the database.
+fn tell_besides(besides: &[BesideHead]) {
+    if besides.is_empty() {
+        return;
+    }
+    let rows: Vec<Vec<String>> = besides
+        .iter()
+        .map(|head| {
+            let changing =
+                if head.changing > 0 { format!("{} FILES WERE CHANGING", head.changing) } else { String::new() };
+            vec![
+                head.name.to_string(),
+                head.taken_at.short(),
+                head.lsn.to_string(),
+                human_bytes(head.bytes),
+                human_bytes(head.stored),
+                head.backup_id.to_string(),
+                changing,
+            ]
+        })
+        .collect();
+    output::table(&["BESIDE", "TAKEN", "NOT AHEAD OF", "SIZE", "STORED", "WITH BACKUP", ""], &rows);
+    output::line("");
+}
+
 fn tell_generations(claims: &[Claim]) {
     let rows: Vec<Vec<String>> = claims
         .iter()
@@ -122,7 +152,12 @@ fn tell_generations(claims: &[Claim]) {
     output::table(&["GENERATION", "PARENT", "STARTED", "BY"], &rows);
 }
 
-fn tell_json(repository: &Repository, claims: &[Claim], backups: &[BackupHead], stretches: &[Stretch]) -> Result<()> {
+fn tell_json(
+    repository: &Repository,
+    claims: &[Claim],
+    (backups, besides): (&[BackupHead], &[BesideHead]),
+    stretches: &[Stretch],
+) -> Result<()> {
     let windows: Vec<Value> = stretches
         .iter()
         .map(|stretch| {
@@ -148,8 +183,25 @@ fn tell_json(repository: &Repository, claims: &[Claim], backups: &[BackupHead], 
         "repository_id": repository.descriptor().repository_id,
         "windows": windows,
         "backups": backups.iter().map(backup_json).collect::<Vec<_>>(),
+        "beside": besides.iter().map(beside_json).collect::<Vec<_>>(),
         "generations": claims,
     }))
+}
+
+fn beside_json(head: &BesideHead) -> Value {
+    json!({
+        "name": head.name,
+        "backup": head.backup_id,
+        "path": head.path,
+        "generation": head.generation,
+        "timeline": head.timeline,
+        "lsn": head.lsn,
+        "taken_at": head.taken_at,
+        "files": head.files,
+        "bytes": head.bytes,
+        "stored_bytes": head.stored,
+        "changing_files": head.changing,
+    })
 }
 
 /// A backup as JSON reports show it.

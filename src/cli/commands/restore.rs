@@ -7,6 +7,7 @@ use crate::cli::args::{self, ActionArg, TargetArgs};
 use crate::cli::setup::{Setup, callback};
 use crate::cli::{identity, output};
 use crate::error::{Error, Result};
+use crate::model::Beside;
 use crate::restore::{self, Action, Target};
 
 use super::wide;
@@ -35,6 +36,8 @@ pub fn run(setup: &Setup, args: args::Restore) -> Result<i32> {
             keep_archiving: args.keep_archiving,
             fetch_command: callback(&setup.global, &location, "fetch")?,
             writer: None,
+            // Only what is asked for: the configuration file is for the machine that is the database.
+            beside: Beside::check(args.beside)?,
         };
         let repository = setup.repository().await?;
         let choice = match args.dry_run {

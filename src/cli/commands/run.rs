@@ -59,6 +59,7 @@ pub(super) fn options(setup: &Setup, mut keep: args::Keep, data_dir: PathBuf) ->
     let (keep_backups, prune_grace) = super::prune::rules(setup, &keep.retention)?;
     Ok(run::Options {
         drill: drills(setup, &mut keep)?,
+        beside: setup.besides(std::mem::take(&mut keep.beside))?,
         keep: keep_backups,
         prune_grace,
         data_dir,

@@ -156,10 +156,13 @@ impl Life<'_> {
         let durable = || -> Lsn { streaming.progress.borrow().durable };
         let outcome = self.clock.within(self.options.grace, streaming.task).await;
         let error = match outcome {
-            Some(Ok(Ok(log))) if !alive => match ending::release(log, &self.joined.pusher, true, self.events).await {
-                Ok(()) => return,
-                Err(error) => error.to_string(),
-            },
+            Some(Ok(Ok(log))) if !alive => {
+                let beside = (&*self.options.beside, self.options.grace / 2);
+                match ending::release(log, &self.joined.pusher, true, beside, self.events).await {
+                    Ok(()) => return,
+                    Err(error) => error.to_string(),
+                }
+            }
             Some(Ok(Ok(_))) => {
                 self.events
                     .info(format!("WAL up to {} is in the repository; the server goes on without us", durable()));

@@ -1,0 +1,227 @@
+//! Lists of files as lines of JSON: directories, links, files with their regions, and an end line with the count, in zstd
+//! frames behind the head of an object. Line by line, so that neither writer nor reader holds more than it needs of a
+//! large one, and any language reads it.
+
+use std::ops::ControlFlow;
+
+use bytes::Bytes;
+use serde::{Deserialize, Serialize};
+
+use super::Repository;
+use super::codec::{Codec, Sha256, decompress};
+use super::region::Region;
+use crate::error::{Error, Result};
+use crate::model::PackId;
+
+/// Lines are gathered to about this many bytes before they become a frame.
+const LINES_FRAME: usize = 1 << 20;
+
+/// Largest frame of lines a reader accepts.
+const LINES_FRAME_MAX: u64 = 64 << 20;
+
+/// What a head says of the lines behind it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Lines {
+    /// Size of each frame of lines: stored, plain.
+    pub frames: Vec<(u64, u64)>,
+    /// SHA-256 of all frames of lines.
+    pub frames_sha256: Sha256,
+}
+
+impl Lines {
+    /// Of a head that is completed later.
+    pub fn none() -> Lines {
+        Lines { frames: Vec::new(), frames_sha256: Sha256([0; 32]) }
+    }
+
+    /// Bytes behind the head.
+    pub fn stored(&self) -> u64 {
+        self.frames.iter().map(|(stored, _)| stored).sum()
+    }
+}
+
+/// One line.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Line {
+    /// Packs are numbered in the order of their lines, from 0.
+    Pack(PackId),
+    Dir(Directory),
+    Link(Link),
+    File(FileEntry),
+    /// The last line: how many came before it.
+    End(u64),
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Directory {
+    pub path: String,
+    pub mode: u32,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Link {
+    pub path: String,
+    pub target: String,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FileEntry {
+    /// Below the data directory; tablespaces are under `pg_tblspc/<oid>/`.
+    pub path: String,
+    pub mode: u32,
+    /// Names of the owner and the group, for people: a restored file belongs to whoever restores it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub owner: Option<String>,
+    pub size: u64,
+    /// Last modification, seconds since the epoch.
+    pub mtime: i64,
+    /// For a configuration file from outside the data directory: where it was.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub outside: Option<String>,
+    /// For files of pages: which file it was on its disk, as inode and time of birth in nanoseconds. The same path may be
+    /// another file later.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub birth: Option<String>,
+    /// For files beside the database: what changes whenever the file is written to (inode, birth, change and modification in
+    /// nanoseconds, size).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mark: Option<String>,
+    pub regions: Vec<Region>,
+}
+
+impl FileEntry {
+    /// CRC-32C of the whole file, from those of its regions.
+    pub fn crc32c(&self) -> u32 {
+        let mut regions = self.regions.iter();
+        let first = regions.next().map_or(0, |region| region.crc);
+        regions.fold(first, |crc, region| crc32c::crc32c_combine(crc, region.crc, region.plain as usize))
+    }
+}
+
+/// Writes lines into frames.
+#[derive(Debug)]
+pub struct LinesWriter {
+    codec: Codec,
+    lines: Vec<u8>,
+    count: u64,
+    frames: Vec<(u64, u64)>,
+    stored: Vec<Bytes>,
+}
+
+impl LinesWriter {
+    pub fn new(codec: Codec) -> LinesWriter {
+        LinesWriter { codec, lines: Vec::new(), count: 0, frames: Vec::new(), stored: Vec::new() }
+    }
+
+    pub fn add(&mut self, line: &Line) -> Result<()> {
+        serde_json::to_writer(&mut self.lines, line)
+            .map_err(|e| Error::internal("a manifest line as JSON").source(e))?;
+        self.lines.push(b'\n');
+        self.count += 1;
+        if self.lines.len() >= LINES_FRAME { self.flush() } else { Ok(()) }
+    }
+
+    fn flush(&mut self) -> Result<()> {
+        let frame = self.codec.compress(&self.lines)?;
+        self.frames.push((frame.len() as u64, self.lines.len() as u64));
+        self.stored.push(Bytes::from(frame));
+        self.lines.clear();
+        Ok(())
+    }
+
+    /// Ends the lines: what the head must say of them, and the frames that come behind it.
+    pub fn finish(mut self) -> Result<(Lines, Vec<Bytes>)> {
+        let count = self.count;
+        self.add(&Line::End(count))?;
+        if !self.lines.is_empty() {
+            self.flush()?;
+        }
+        let mut hash = aws_lc_rs::digest::Context::new(&aws_lc_rs::digest::SHA256);
+        self.stored.iter().for_each(|frame| hash.update(frame));
+        let mut lines = Lines { frames: self.frames, ..Lines::none() };
+        lines.frames_sha256.0.copy_from_slice(hash.finish().as_ref());
+        Ok((lines, self.stored))
+    }
+}
+
+impl Repository {
+    /// Reads the lines of the object at `key` that begin `at` this offset, one by one, `End` not included, until `line` has
+    /// had enough.
+    pub(super) async fn read_lines(
+        &self,
+        key: &str,
+        mut at: u64,
+        lines: &Lines,
+        line: &mut (dyn FnMut(Line) -> Result<ControlFlow<()>> + Send),
+    ) -> Result<()> {
+        let mut hash = aws_lc_rs::digest::Context::new(&aws_lc_rs::digest::SHA256);
+        let mut count = 0;
+        let mut ended = false;
+        for (stored, plain) in &lines.frames {
+            if *plain > LINES_FRAME_MAX {
+                return Err(self.corrupt(key, "a frame is too large"));
+            }
+            let frame = self.must_read(key, at..at + stored).await?.bytes;
+            hash.update(&frame);
+            let text = decompress(&frame, *plain as usize).map_err(|why| self.corrupt(key, why))?;
+            for json in text.split(|byte| *byte == b'\n').filter(|json| !json.is_empty()) {
+                match serde_json::from_slice(json).map_err(|e| self.corrupt(key, e))? {
+                    Line::End(lines) if lines == count && !ended => ended = true,
+                    Line::End(_) => return Err(self.corrupt(key, "it ends at the wrong place")),
+                    next if !ended => {
+                        if line(next)?.is_break() {
+                            return Ok(());
+                        }
+                    }
+                    _ => return Err(self.corrupt(key, "it goes on after its end")),
+                }
+                count += 1;
+            }
+            at += stored;
+        }
+        if !ended {
+            return Err(self.corrupt(key, "it has no end"));
+        }
+        if hash.finish().as_ref() != lines.frames_sha256.0 {
+            return Err(self.corrupt(key, "the checksum of its lines does not hold"));
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::region::REGION;
+    use super::*;
+
+    #[test]
+    fn the_checksum_of_a_file_is_that_of_its_joined_regions() {
+        let content: Vec<u8> = (0..2_500_000u32).map(|n| (n % 251) as u8).collect();
+        let frame = crate::repository::pack::FrameRef { pack: 0, offset: 0, stored: 0, sha256: Sha256::of(b"") };
+        let whole = |part: &[u8]| Region::whole(frame, part.len() as u32, crc32c::crc32c(part));
+        let regions = content.chunks(REGION as usize).map(whole);
+        let mut file = FileEntry {
+            path: "base/1/1".into(),
+            mode: 0o600,
+            owner: None,
+            size: content.len() as u64,
+            mtime: 0,
+            outside: None,
+            birth: None,
+            mark: None,
+            regions: regions.collect(),
+        };
+        assert_eq!(file.crc32c(), crc32c::crc32c(&content));
+        file.regions.clear();
+        assert_eq!(file.crc32c(), 0);
+    }
+
+    #[test]
+    fn lines_are_plain_json() {
+        let line = Line::Dir(Directory { path: "base/1".to_owned(), mode: 0o700 });
+        let json = serde_json::to_string(&line).expect("json");
+        assert_eq!(json, r#"{"dir":{"path":"base/1","mode":448}}"#);
+        assert_eq!(serde_json::from_str::<Line>(&json).expect("reads back"), line);
+    }
+}

@@ -1,0 +1,210 @@
+//! Directories beside the database come back with it: from the newest snapshot that is not ahead of the state the database
+//! is restored to.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
+
+use super::fetch::{self, Contents};
+use super::layout::{self, inside, set_mode};
+use super::plan::{Choice, Reachable};
+use super::target::Target;
+use crate::disk;
+use crate::error::{Error, IoContext, Result};
+use crate::events::Events;
+use crate::model::{Beside, Generation, Lsn, Timestamp, human_bytes};
+use crate::postgres::is_vacant;
+use crate::repository::log::Position;
+use crate::repository::{BesideHead, Lineage, Repository, WalIndex};
+use crate::wal::History;
+
+/// Marks a directory that has not been put back whole.
+const UNFINISHED: &str = ".perennial-restoring";
+
+/// The state of the database, as far as it is known before it is there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Point {
+    /// It has everything up to here.
+    pub lsn: Lsn,
+    /// And every commit until then.
+    pub time: Option<Timestamp>,
+}
+
+impl Point {
+    /// What a restore will come to, at least.
+    pub fn of(choice: &Choice) -> Point {
+        let located = &choice.located;
+        let lsn = match located.target {
+            Target::Newest | Target::BeforeGap => choice.through,
+            // Somewhere in the segment whose first byte is known.
+            Target::Time(_) => located.through.map_or(choice.backup.stop_lsn, |within| Lsn(within.0 - 1)),
+            Target::Lsn(lsn) => lsn,
+            Target::Xid(_) | Target::Name(_) => {
+                let end = located.not_after.unwrap_or(choice.backup.stop_lsn);
+                // Just before it: what has seen it is ahead.
+                if located.inclusive { end } else { Lsn(end.0 - 1) }
+            }
+            Target::Immediate => choice.backup.stop_lsn,
+        };
+        let time = match located.target {
+            Target::Time(time) if located.inclusive => Some(time),
+            Target::Time(time) => Some(time.earlier_by(Duration::from_micros(1))),
+            _ => None,
+        };
+        Point { lsn: lsn.max(choice.backup.stop_lsn), time }
+    }
+
+    fn is_behind(&self, head: &BesideHead) -> bool {
+        let in_time = self.time.is_some_and(|time| head.taken_at <= time);
+        head.lsn > self.lsn && !in_time
+    }
+}
+
+/// The way to the state that is restored.
+#[derive(Debug)]
+pub struct Way<'a> {
+    pub lineage: &'a Lineage,
+    pub history: History,
+}
+
+impl Way<'_> {
+    pub fn of<'a>(lineage: &'a Lineage, index: &WalIndex, timeline: crate::model::Timeline) -> Way<'a> {
+        Way { lineage, history: index.history(timeline).unwrap_or(History::root(timeline)) }
+    }
+
+    fn passes(&self, head: &BesideHead) -> bool {
+        let end = self.history.end_of(head.timeline);
+        self.lineage.contains(head.generation) && end.is_some_and(|end| end.is_none_or(|end| head.lsn <= end))
+    }
+}
+
+/// The newest snapshot that lies on the way and is not ahead of the point. Pure.
+pub fn choose<'a>(snapshots: &'a [BesideHead], way: &Way<'_>, point: Point) -> Option<&'a BesideHead> {
+    let usable = snapshots.iter().filter(|head| way.passes(head) && !point.is_behind(head));
+    usable.max_by_key(|head| (head.lsn, head.taken_at))
+}
+
+/// Puts all of `besides` back, as of the point at the most.
+pub async fn restore(
+    repository: &Repository,
+    besides: &[Beside],
+    reachable: &Reachable,
+    point: Point,
+    events: &Events,
+) -> Result<()> {
+    let way = Way::of(&reachable.lineage, &reachable.index, reachable.timeline);
+    for beside in besides {
+        let (snapshots, damaged) = repository.besides(Some(&beside.name)).await?;
+        damaged.iter().for_each(|error| events.warning(format!("a snapshot cannot be used: {error}")));
+        match choose(&snapshots, &way, point) {
+            None if snapshots.is_empty() => events.info(format!("there is no snapshot of '{}' yet", beside.name)),
+            Some(head) => put_back(repository, beside, head, point, events).await?,
+            None => events.warning(format!(
+                "there is no snapshot of '{}' that is not ahead of {}: {} is left as it is",
+                beside.name,
+                point.lsn,
+                beside.path.display()
+            )),
+        }
+    }
+    Ok(())
+}
+
+/// Directories that have nothing in them, or were not put back whole.
+pub fn lost(besides: &[Beside]) -> Result<Vec<Beside>> {
+    let mut lost = Vec::new();
+    for beside in besides {
+        if is_vacant(&beside.path)? || beside.path.join(UNFINISHED).exists() {
+            lost.push(beside.clone());
+        }
+    }
+    Ok(lost)
+}
+
+/// Puts directories back beside a database whose own directory is still there.
+pub async fn put_back_lost(
+    repository: &Repository,
+    lost: &[Beside],
+    generation: Generation,
+    end: Position,
+    events: &Events,
+) -> Result<()> {
+    if lost.is_empty() {
+        return Ok(());
+    }
+    let found = Reachable::find(repository, Some(generation), Some(end.timeline)).await?;
+    let Some(reachable) = found else { return Ok(()) };
+    restore(repository, lost, &reachable, Point { lsn: end.lsn, time: None }, events).await
+}
+
+async fn put_back(
+    repository: &Repository,
+    beside: &Beside,
+    head: &BesideHead,
+    point: Point,
+    events: &Events,
+) -> Result<()> {
+    let unfinished = beside.path.join(UNFINISHED);
+    if !unfinished.exists() && !is_vacant(&beside.path)? {
+        let aside = set_aside(repository, &beside.path)?;
+        events.warning(format!(
+            "{} may be ahead of the database: it is now {}",
+            beside.path.display(),
+            aside.display()
+        ));
+    }
+    disk::create_dir(&beside.path, 0o700)?;
+    disk::durable_write(&unfinished, b"", 0o600)?;
+    layout::empty(&beside.path, Some(UNFINISHED))?;
+    let contents = Contents::read_beside(repository, head).await?;
+    for directory in &contents.directories {
+        disk::create_dir(&inside(&beside.path, &directory.path)?, 0o700)?;
+    }
+    fetch::write_plain_files(repository, &contents, &beside.path).await?;
+    for file in &contents.files {
+        set_time(&inside(&beside.path, &file.path)?, file.mtime)?;
+    }
+    for link in &contents.links {
+        let path = inside(&beside.path, &link.path)?;
+        std::os::unix::fs::symlink(&link.target, &path).on("create link", &path)?;
+    }
+    // Last, and from below: one that may not be written to could not have been filled.
+    for directory in contents.directories.iter().rev() {
+        set_mode(&inside(&beside.path, &directory.path)?, directory.mode)?;
+    }
+    layout::sync_filesystem(&beside.path)?;
+    disk::remove_if_there(&unfinished)?;
+    disk::sync_dir(&beside.path)?;
+    let mixed = match head.changing {
+        0 => String::new(),
+        files => format!("; {files} of them were being written to when they were read"),
+    };
+    events.info(format!(
+        "'{}' is back in {}: {} files, {}, as of {} ({}); the database goes to {}{mixed}",
+        beside.name,
+        beside.path.display(),
+        head.files,
+        human_bytes(head.bytes),
+        head.lsn,
+        head.taken_at.short(),
+        point.lsn
+    ));
+    Ok(())
+}
+
+/// Nothing is deleted that may be all there is.
+fn set_aside(repository: &Repository, path: &Path) -> Result<PathBuf> {
+    let mut name = path.file_name().unwrap_or_default().to_os_string();
+    name.push(format!(".replaced-{}", repository.clock().now().unix_micros() / 1_000_000));
+    let aside = path.with_file_name(name);
+    disk::durable_rename(path, &aside).map_err(|e: Error| {
+        e.hint("move away what is in it yourself (a mount point cannot be renamed), then start again")
+    })?;
+    Ok(aside)
+}
+
+fn set_time(path: &Path, seconds: i64) -> Result<()> {
+    let time = SystemTime::UNIX_EPOCH.checked_add(Duration::from_secs(seconds.max(0).unsigned_abs()));
+    let Some(time) = time else { return Ok(()) };
+    File::options().write(true).open(path).and_then(|file| file.set_modified(time)).on("set the time of", path)
+}
