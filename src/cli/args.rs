@@ -272,6 +272,9 @@ pub struct Restore {
     /// Delete what is in the directory (and in those of tablespaces)
     #[arg(long)]
     pub force: bool,
+    /// Fetch only what differs in a directory that has a copy of this cluster in it; what is not of the backup goes
+    #[arg(long, conflicts_with = "force")]
+    pub delta: bool,
     /// Leave archive_mode as it was; the copy then takes over the repository when it is started
     #[arg(long)]
     pub keep_archiving: bool,

@@ -15,7 +15,7 @@ use crate::error::{Error, Kind, Result};
 use crate::events::{Event, Events};
 use crate::postgres::Install;
 use crate::repository::{DrillRecord, Repository};
-use crate::restore::{self, Action, Target};
+use crate::restore::{self, Action, Overwrite, Target};
 
 use checks::Checks;
 use sandbox::Sandbox;
@@ -107,7 +107,7 @@ async fn drill(
         generation: None,
         timeline: None,
         tablespace_map: BTreeMap::new(),
-        force: false,
+        overwrite: Overwrite::Never,
         keep_archiving: false,
         fetch_command,
         writer: None,

@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use bytes::Bytes;
 use futures::StreamExt;
 
+use super::delta::Have;
 use super::layout::{control_file_aside, inside, set_mode};
 use super::outside;
 use crate::error::{Error, IoContext, Result};
@@ -166,33 +167,41 @@ pub(super) struct Range {
     pieces: Vec<Piece>,
 }
 
-pub async fn write_files(repository: &Repository, contents: &Contents, data_dir: &Path, events: &Events) -> Result<()> {
+/// Writes all files; of what is there already only the sizes and modes.
+pub async fn write_files(
+    repository: &Repository,
+    contents: &Contents,
+    have: &Have,
+    data_dir: &Path,
+    events: &Events,
+) -> Result<()> {
     let place = |file: &FileEntry| Ok((place_of(data_dir, &file.path)?, file.mode));
-    write_to(repository, contents, contents.files.iter().map(place).collect::<Result<_>>()?, events).await
+    write_to(repository, contents, have, contents.files.iter().map(place).collect::<Result<_>>()?, events).await
 }
 
 /// The same for a directory without a control file.
 pub async fn write_plain_files(repository: &Repository, contents: &Contents, directory: &Path) -> Result<()> {
     let place = |file: &FileEntry| Ok((inside(directory, &file.path)?, file.mode));
     let paths = contents.files.iter().map(place).collect::<Result<_>>()?;
-    write_to(repository, contents, paths, &Events::silent()).await
+    write_to(repository, contents, &Have::default(), paths, &Events::silent()).await
 }
 
 async fn write_to(
     repository: &Repository,
     contents: &Contents,
+    have: &Have,
     paths: Vec<(PathBuf, u32)>,
     events: &Events,
 ) -> Result<()> {
-    for (file, (path, mode)) in contents.files.iter().zip(&paths) {
-        if file.regions.is_empty() {
+    for (number, (file, (path, mode))) in contents.files.iter().zip(&paths).enumerate() {
+        if (0..file.regions.len()).all(|region| have.has(number, region)) {
             open(path, *mode)?;
         }
     }
     let total: u64 = contents.files.iter().map(|file| file.size).sum();
-    let progress = Arc::new(Progress { total, done: AtomicU64::new(0), events: events.clone() });
+    let progress = Arc::new(Progress { total, done: AtomicU64::new(have.bytes), events: events.clone() });
     let paths = Arc::new(paths);
-    let Fetch { ranges, sums } = plan(contents);
+    let Fetch { ranges, sums } = plan(contents, have);
     let work: Vec<_> = ranges
         .into_iter()
         .map(|range| {
@@ -212,12 +221,14 @@ fn place_of(data_dir: &Path, path: &str) -> Result<PathBuf> {
 }
 
 /// Sorts what is wanted by place in the packs and joins neighbours.
-pub(super) fn plan(contents: &Contents) -> Fetch {
+pub(super) fn plan(contents: &Contents, have: &Have) -> Fetch {
     let (mut pieces, mut sums): (Vec<Piece>, Vec<Sum>) = (Vec::new(), Vec::new());
     for (file, entry) in contents.files.iter().enumerate() {
         let mut offset = 0;
-        for region in &entry.regions {
-            add_region(&mut pieces, &mut sums, (file, offset), region);
+        for (number, region) in entry.regions.iter().enumerate() {
+            if !have.has(file, number) {
+                add_region(&mut pieces, &mut sums, (file, offset), region);
+            }
             offset += u64::from(region.plain);
         }
     }

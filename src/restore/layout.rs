@@ -5,6 +5,7 @@ use std::fs::File;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
+use super::Overwrite;
 use crate::disk;
 use crate::error::{Error, IoContext, Result};
 use crate::postgres::is_vacant;
@@ -55,11 +56,11 @@ impl Tablespaces {
         Ok(Tablespaces { links })
     }
 
-    /// A tablespace directory must be new or empty. Overwriting a data directory (`force`) allows to empty those that it
+    /// A tablespace directory must be new or empty. Overwriting a data directory allows to overwrite those that it
     /// links to itself, and no others: they may be a living server's.
-    pub fn check(&self, data_dir: &Path, force: bool) -> Result<()> {
+    pub fn check(&self, data_dir: &Path, overwrite: Overwrite) -> Result<()> {
         for (oid, directory) in &self.links {
-            let own = force && is_linked_from(data_dir, directory)?;
+            let own = overwrite != Overwrite::Never && is_linked_from(data_dir, directory)?;
             if !own && !is_vacant(directory)? && !holds_only_an_unfinished_restore(directory)? {
                 return Err(Error::refused(format!(
                     "the directory of tablespace {oid}, {}, is not empty",
@@ -75,13 +76,16 @@ impl Tablespaces {
         self.links.values().map(PathBuf::as_path)
     }
 
-    /// Makes the directories, empties them and marks them as being restored.
-    pub fn empty(&self) -> Result<()> {
+    /// Makes the directories and marks them as being restored.
+    pub fn mark(&self) -> Result<()> {
         self.roots().try_for_each(|directory| {
             disk::create_dir(directory, 0o700)?;
-            disk::durable_write(&directory.join(UNFINISHED), b"", 0o600)?;
-            empty(directory, Some(UNFINISHED))
+            disk::durable_write(&directory.join(UNFINISHED), b"", 0o600)
         })
+    }
+
+    pub fn empty(&self) -> Result<()> {
+        self.roots().try_for_each(|directory| empty(directory, Some(UNFINISHED)))
     }
 
     pub fn unmark(&self) -> Result<()> {
@@ -98,7 +102,7 @@ impl Tablespaces {
 }
 
 /// Marks a tablespace directory whose restore has not finished.
-const UNFINISHED: &str = "perennial.restoring";
+pub(super) const UNFINISHED: &str = "perennial.restoring";
 
 /// Whether the directory that is being overwritten has its tablespace there.
 fn is_linked_from(data_dir: &Path, directory: &Path) -> Result<bool> {

@@ -2,6 +2,7 @@
 //! directory that PostgreSQL recovers from there. A directory that is not finished can only be restored again.
 
 pub mod beside;
+mod delta;
 mod fetch;
 mod find;
 mod layout;
@@ -18,9 +19,9 @@ use std::path::{Path, PathBuf};
 use crate::disk::{self, Lock};
 use crate::error::{Error, IoContext, Result};
 use crate::events::{Event, Events};
-use crate::model::{BackupId, Beside, Generation, Timeline};
+use crate::model::{BackupId, Beside, Generation, Timeline, human_bytes};
 use crate::postgres::data_dir::{OWN_DIR, RESTORE_MARKER};
-use crate::postgres::{PostmasterFile, is_vacant};
+use crate::postgres::{ControlFile, PostmasterFile, is_vacant, version_of};
 use crate::repository::manifest::BackupHead;
 use crate::repository::{Repository, Writer};
 
@@ -41,8 +42,8 @@ pub struct Options {
     pub timeline: Option<Timeline>,
     /// Where tablespaces go, by oid or by their former location.
     pub tablespace_map: BTreeMap<String, PathBuf>,
-    /// Empty a directory that has something in it.
-    pub force: bool,
+    /// What happens to a directory that has something in it.
+    pub overwrite: Overwrite,
     /// Leave `archive_mode` as it was, instead of switching it off in the copy.
     pub keep_archiving: bool,
     /// Words of the command that fetches WAL, without placeholders: program, `wal fetch`, repository.
@@ -51,6 +52,17 @@ pub struct Options {
     pub writer: Option<Writer>,
     /// Directories beside the database, to be put back with it.
     pub beside: Vec<Beside>,
+}
+
+/// What a restore does with a directory that is not empty.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Overwrite {
+    /// It is refused; but for one that a restore has not finished, which is gone on with.
+    Never,
+    /// It is emptied.
+    Empty,
+    /// What it has of the backup stays, if it is a copy of the same cluster.
+    Differences,
 }
 
 /// What a restore came to.
@@ -63,7 +75,7 @@ pub struct Restored {
 /// Restores into `options.data_dir`, which the caller has locked ([`lock`]).
 pub async fn run(repository: &Repository, options: &Options, events: &Events) -> Result<Restored> {
     let began = repository.clock().monotonic();
-    check_directory(&options.data_dir, options.force)?;
+    let unfinished = check_directory(&options.data_dir, options.overwrite)?;
     let (choice, reachable) = choose_in(repository, options).await?;
     for damage in &choice.damaged {
         events.warning(format!("a backup cannot be used: {damage}"));
@@ -81,11 +93,26 @@ pub async fn run(repository: &Repository, options: &Options, events: &Events) ->
 
     let mut contents = fetch::Contents::read(repository, backup.backup_id).await?;
     let tablespaces = layout::Tablespaces::map(&backup, &options.tablespace_map)?;
-    tablespaces.check(&options.data_dir, options.force)?;
-    prepare(&options.data_dir, &tablespaces, &backup)?;
+    tablespaces.check(&options.data_dir, options.overwrite)?;
+    let delta = unfinished || options.overwrite == Overwrite::Differences;
+    if options.overwrite == Overwrite::Differences && !unfinished {
+        same_cluster(&options.data_dir, &backup)?;
+    }
+    mark(&options.data_dir, &tablespaces, &backup)?;
+    match delta {
+        true => delta::clear(&options.data_dir, &contents, &tablespaces, &[RESTORE_MARKER, layout::UNFINISHED])?,
+        false => {
+            layout::empty(&options.data_dir, Some(RESTORE_MARKER))?;
+            tablespaces.empty()?;
+        }
+    }
     layout::make_directories(&options.data_dir, &contents.directories, &tablespaces)?;
     outside::make_directories(&contents, &options.data_dir)?;
-    fetch::write_files(repository, &contents, &options.data_dir, events).await?;
+    let have = if delta { delta::look(&contents, &options.data_dir).await? } else { delta::Have::default() };
+    if delta {
+        events.info(format!("{} of {} are there already", human_bytes(have.bytes), human_bytes(backup.bytes)));
+    }
+    fetch::write_files(repository, &contents, &have, &options.data_dir, events).await?;
     outside::adapt(&mut contents, &options.data_dir)?;
 
     let settings = recovery::settings(&choice, options);
@@ -128,35 +155,60 @@ async fn choose_in(repository: &Repository, options: &Options) -> Result<(Choice
 
 /// Whether a restore as asked for could be done here: to be known before anything is taken from anybody.
 pub async fn check(repository: &Repository, options: &Options) -> Result<()> {
-    check_directory(&options.data_dir, options.force)?;
+    let unfinished = check_directory(&options.data_dir, options.overwrite)?;
     let choice = choose(repository, options).await?;
-    layout::Tablespaces::map(&choice.backup, &options.tablespace_map)?.check(&options.data_dir, options.force)
+    if options.overwrite == Overwrite::Differences && !unfinished {
+        same_cluster(&options.data_dir, &choice.backup)?;
+    }
+    layout::Tablespaces::map(&choice.backup, &options.tablespace_map)?.check(&options.data_dir, options.overwrite)
 }
 
-fn check_directory(data_dir: &Path, force: bool) -> Result<()> {
+/// Whether a restore has not finished there.
+fn check_directory(data_dir: &Path, overwrite: Overwrite) -> Result<bool> {
     if PostmasterFile::read(data_dir)?.is_some_and(|file| file.is_alive(data_dir)) {
         return Err(Error::refused(format!("a server is running in {}", data_dir.display()))
             .hint("stop it, or restore to another directory"));
     }
     let unfinished = data_dir.join(RESTORE_MARKER).is_file();
-    if unfinished || force || is_vacant(data_dir)? {
-        return Ok(());
+    if unfinished || overwrite != Overwrite::Never || is_vacant(data_dir)? {
+        return Ok(unfinished);
     }
     Err(Error::refused(format!("{} is not empty", data_dir.display()))
-        .hint("restore to a new directory, or add --force to delete what is in this one"))
+        .hint("restore to a new directory, or add --force to delete what is in this one, or --delta to fetch only what differs in it"))
 }
 
-/// Empties the directory and marks it as unfinished. From here to [`finish`] PostgreSQL cannot start in it: the marker
-/// says why, and `global/pg_control` is not there.
-fn prepare(data_dir: &Path, tablespaces: &layout::Tablespaces, backup: &BackupHead) -> Result<()> {
+/// Differences are fetched over a copy of the same cluster only: whatever else is in a directory was not meant.
+fn same_cluster(data_dir: &Path, backup: &BackupHead) -> Result<()> {
+    if is_vacant(data_dir)? {
+        return Ok(());
+    }
+    if !data_dir.join("PG_VERSION").is_file() {
+        return Err(Error::refused(format!("{} is not empty and not a data directory", data_dir.display()))
+            .hint("--delta is for a copy of the same cluster; restore to another directory"));
+    }
+    let control = ControlFile::read(data_dir, version_of(data_dir)?)?;
+    if control.system_id != backup.system_id {
+        return Err(Error::refused(format!(
+            "{} belongs to system {}, the backup to {}",
+            data_dir.display(),
+            control.system_id,
+            backup.system_id
+        ))
+        .hint("--delta is for a copy of the same cluster; --force deletes what is in the directory"));
+    }
+    Ok(())
+}
+
+/// Marks the directory as unfinished. From here to [`finish`] PostgreSQL cannot start in it: the marker says why, and
+/// `global/pg_control` is not there.
+fn mark(data_dir: &Path, tablespaces: &layout::Tablespaces, backup: &BackupHead) -> Result<()> {
     disk::create_dir(data_dir, 0o700)?;
     set_private(data_dir)?;
     let marker = data_dir.join(RESTORE_MARKER);
     let text = format!("Perennial is restoring backup {} here. Unfinished: restore again.\n", backup.backup_id);
     disk::durable_write(&marker, text.as_bytes(), 0o600)?;
     disk::remove_if_there(&data_dir.join("global/pg_control"))?;
-    layout::empty(data_dir, Some(RESTORE_MARKER))?;
-    tablespaces.empty()
+    tablespaces.mark()
 }
 
 /// Empties a directory that this process has just made and nothing else has used.

@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use futures::{StreamExt, TryStreamExt};
 use serde::Serialize;
 
+use super::delta::Have;
 use super::fetch::{self, Contents, REQUESTS};
 use super::plan::Reachable;
 use crate::error::{Error, Kind, Result};
@@ -161,7 +162,7 @@ async fn look_at_contents(
     consequence: &(dyn Fn() -> String + Sync),
     report: &mut Report,
 ) -> Result<()> {
-    let fetch = fetch::plan(contents);
+    let fetch = fetch::plan(contents, &Have::default());
     let mut needed: BTreeMap<PackId, u64> = BTreeMap::new();
     for range in &fetch.ranges {
         let end = needed.entry(range.pack).or_default();

@@ -29,7 +29,7 @@ use crate::model::{Beside, ByteSize, Generation, WriteId};
 use crate::postgres::{ConnectOptions, Install, version_of};
 use crate::repository::log::Position;
 use crate::repository::{Claim, Codec, NewWriter, Repository, Writer};
-use crate::restore::{self, Action, Target};
+use crate::restore::{self, Action, Overwrite, Target};
 use crate::retention::Keep;
 use crate::storage::Store;
 
@@ -239,7 +239,7 @@ impl Machine<'_> {
             generation: Some(newest.generation),
             timeline: None,
             tablespace_map: std::collections::BTreeMap::new(),
-            force: false,
+            overwrite: Overwrite::Never,
             keep_archiving: true,
             fetch_command: self.options.fetch_command.clone(),
             writer: None,

@@ -17,6 +17,7 @@ mod agent;
 mod beside;
 mod boots;
 mod damage;
+mod delta;
 mod drills;
 mod live_backup;
 mod outages;

@@ -8,7 +8,7 @@ use crate::cli::setup::{Setup, callback};
 use crate::cli::{identity, output};
 use crate::error::{Error, Result};
 use crate::model::Beside;
-use crate::restore::{self, Action, Target};
+use crate::restore::{self, Action, Overwrite, Target};
 
 use super::wide;
 
@@ -32,7 +32,11 @@ pub fn run(setup: &Setup, args: args::Restore) -> Result<i32> {
             generation: args.generation,
             timeline: args.timeline,
             tablespace_map: tablespace_map(&args.tablespace)?,
-            force: args.force,
+            overwrite: match (args.force, args.delta) {
+                (true, _) => Overwrite::Empty,
+                (_, true) => Overwrite::Differences,
+                _ => Overwrite::Never,
+            },
             keep_archiving: args.keep_archiving,
             fetch_command: callback(&setup.global, &location, "fetch")?,
             writer: None,
