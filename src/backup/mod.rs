@@ -75,22 +75,29 @@ pub async fn run(repository: &Repository, options: &Options, events: &Events) ->
             server.system_id
         )));
     }
-    check_newest(repository, options.generation).await?;
-    let started_at = client.now().await?;
-    let start = client.start_backup(server.version, "perennial", options.fast).await?;
+    let (started_at, server_started) = (client.now().await?, client.started().await?);
+    let descent = |timeline| Descent { generation: options.generation, timeline, system_id: server.system_id };
+    let look = async |timeline| match options.full {
+        true => Ok(None),
+        false => find_parent(repository, descent(timeline), server_started, events).await,
+    };
+    // The server's checkpoint takes a while: the repository is looked at meanwhile.
+    let looked = async {
+        tokio::try_join!(check_newest(repository, options.generation), look(control.timeline)).map(|(_, parent)| parent)
+    };
+    let began_there = client.start_backup(server.version, "perennial", options.fast);
+    let (start, parent) = tokio::try_join!(began_there, looked)?;
     // After a promotion the timeline shows there only with the next checkpoint: the one that has just been made.
+    let before = control.timeline;
     let control = ControlFile::read(&options.data_dir, server.version)?;
+    let parent = if control.timeline == before { parent } else { look(control.timeline).await? };
     let nonce = u16::from_le_bytes(repository.clock().random());
     let id = BackupId { generation: options.generation, start, nonce };
 
-    let outside = outside_files(&client, &options.data_dir).await?;
+    let (outside, ()) = tokio::try_join!(outside_files(&client, &options.data_dir), repository.backup_begins(id))?;
     let walk = data_dir::walk(&options.data_dir, server.version, control.catalog_version)?;
     announce(events, id, start, &walk);
-    repository.backup_begins(id).await?;
     let task = copy::Task { repository, id, start, data_checksums: control.data_checksums };
-    let descent = Descent { generation: id.generation, timeline: control.timeline, system_id: control.system_id };
-    let parent =
-        if options.full { None } else { find_parent(repository, descent, client.started().await?, events).await? };
     let parent_id = parent.as_ref().map(|parent| parent.id);
     let copied = copy::run(&task, &walk, &outside, parent, server.version, events).await?;
     let place = beside::Place { backup: id, generation: id.generation, timeline: control.timeline };
@@ -161,12 +168,10 @@ async fn still_there(repository: &Repository, parent: Option<BackupId>, packs: &
     let lost = |what: String| {
         Err(Error::refused(format!("{what} was deleted while the backup was under way")).hint("take it again"))
     };
-    if let Some(id) = parent
-        && !repository.backup_ids().await?.contains(&id)
-    {
+    let (backups, there) = tokio::try_join!(repository.backup_ids(), repository.pack_ids())?;
+    if let Some(id) = parent.filter(|id| !backups.contains(id)) {
         return lost(format!("backup {id}, on which this one builds,"));
     }
-    let there = repository.pack_ids().await?;
     match packs.iter().find(|pack| !there.contains(pack)) {
         Some(pack) => lost(format!("pack {pack}")),
         None => Ok(()),
@@ -306,13 +311,12 @@ async fn commit(
         damaged_pages: copied.damaged_pages,
         lines: Lines::none(),
     };
-    let body = head.with(writer)?;
-    check_newest(repository, task.id.generation).await?;
-    still_there(repository, parent, &copied.packs).await?;
+    let (head, body) = head.with(writer)?;
+    tokio::try_join!(check_newest(repository, task.id.generation), still_there(repository, parent, &copied.packs))?;
     repository.put_manifest(task.id, &body).await?;
     // Left behind it does no harm: the backup exists.
     let _ = repository.backup_ended(task.id).await;
-    repository.backup_head(task.id).await
+    Ok(head)
 }
 
 async fn check_newest(repository: &Repository, generation: Generation) -> Result<()> {

@@ -16,14 +16,15 @@ use crate::repository::{Codec, Pages, Region};
 /// A page that fails its checksum is read again this many times: the server may be writing it right now.
 const REREADS: u32 = 5;
 
-/// A region is stored anew once its patches would be more than this many, or hold more than this many pages: a quarter.
-/// So a restore reads a quarter more than after a full backup, at most, whatever came before.
-const PATCHES_MAX: usize = 8;
+/// A region is stored anew once its patches would be more than this many, or hold more than this many pages: half of them.
+/// So a restore reads half more than after a full backup at most, whatever came before; and where a twentieth of all pages
+/// changes before each backup, a region is stored whole with every tenth. A smaller share would be read faster and stored
+/// dearer: 1 + 1/share times what changed.
+const PATCHES_MAX: usize = 16;
+const PATCHED_PAGES_MAX: u32 = 64;
 
 /// No record lies before the first segment, however small that is: lower positions on pages are special (`GistBuildLSN`).
 const FIRST: Lsn = Lsn(1 << 20);
-
-const PATCHED_PAGES_MAX: u32 = 32;
 
 /// What to read and how to look at it.
 #[derive(Debug, Clone)]

@@ -6,6 +6,7 @@ use std::time::Duration;
 use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
 
 use crate::model::{BackupId, Beside, ByteSize, Generation, Lsn, Timeline, Timestamp, parse_duration};
+use crate::repository::Recipient;
 
 /// PostgreSQL on machines that can vanish: backup, WAL archive, restore and supervision on an object store.
 #[derive(Debug, Parser)]
@@ -25,6 +26,10 @@ pub struct Global {
     /// Configuration file (TOML) [default: /etc/perennial.toml if it exists]
     #[arg(long, global = true, value_name = "FILE", env = "PERENNIAL_CONFIG", hide_env_values = true)]
     pub config: Option<PathBuf>,
+    /// File with the age identity that opens an encrypted repository; PERENNIAL_IDENTITY may hold the identity itself, and
+    /// PERENNIAL_IDENTITY_COMMAND a command for /bin/sh that prints it
+    #[arg(long, global = true, value_name = "FILE", env = "PERENNIAL_IDENTITY_FILE", hide_env_values = true)]
+    pub identity: Option<PathBuf>,
     /// Print results as JSON (docs/reference/json.md)
     #[arg(long, global = true)]
     pub json: bool,
@@ -63,6 +68,9 @@ pub enum Command {
     Drill(Drill),
     /// Keep a backup whatever the rules of `prune` say
     Pin(Pin),
+    /// The key of an encrypted repository
+    #[command(subcommand)]
+    Key(Key),
     /// Let the rules of `prune` decide on a backup again
     Unpin(Unpin),
     /// Watch a database survive its machine, in a temporary directory
@@ -83,9 +91,16 @@ pub struct Init {
     pub codec: CodecArgs,
 }
 
+/// What becomes of everything written to a new repository.
 #[derive(Debug, Clone, Default, ClapArgs)]
 pub struct CodecArgs {
-    /// zstd level (1 to 19) of everything written to a new repository [default: 3]
+    /// Encrypt it, with a key that the named recipients can unwrap, or else whoever has the identity
+    #[arg(long)]
+    pub encrypt: bool,
+    /// An age recipient (age1…) who can open the new repository; may be given several times
+    #[arg(long, value_name = "RECIPIENT")]
+    pub recipient: Vec<Recipient>,
+    /// zstd level (1 to 19) [default: 3]
     #[arg(long, value_name = "LEVEL")]
     pub zstd_level: Option<i32>,
 }
@@ -465,6 +480,24 @@ pub struct Pin {
 pub struct Unpin {
     /// The backup
     pub backup: BackupId,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Key {
+    /// Wrap the key for other recipients; nothing is encrypted anew
+    Rotate(KeyRotate),
+    /// Print the key itself, to be kept in a safe: whoever has it can read everything
+    Export,
+}
+
+#[derive(Debug, ClapArgs)]
+pub struct KeyRotate {
+    /// An age recipient (age1…) who can open the repository from now on; may be given several times
+    #[arg(long, value_name = "RECIPIENT", required = true)]
+    pub recipient: Vec<Recipient>,
+    /// File with the exported key, when no identity opens the repository any more
+    #[arg(long, value_name = "FILE")]
+    pub key_file: Option<PathBuf>,
 }
 
 #[derive(Debug, ClapArgs)]

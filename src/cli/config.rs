@@ -40,6 +40,9 @@ pub struct Config {
     pub http: Option<String>,
     pub notices: Option<super::args::Platform>,
     pub pg_bindir: Option<std::path::PathBuf>,
+    /// Where the age identity of an encrypted repository is: a file, or a command that prints it.
+    pub identity_file: Option<std::path::PathBuf>,
+    pub identity_command: Option<String>,
     /// How long a request to the store is tried before it is given up.
     pub patience: Option<String>,
     /// Directories beside the database, by name.

@@ -34,6 +34,15 @@ pub fn search_path() -> Option<OsString> {
     std::env::var_os("PATH")
 }
 
+/// The age identity itself, and a command that prints it.
+pub fn identity() -> Option<String> {
+    variable("PERENNIAL_IDENTITY")
+}
+
+pub fn identity_command() -> Option<String> {
+    variable("PERENNIAL_IDENTITY_COMMAND")
+}
+
 pub fn storage_class() -> Option<String> {
     variable("PERENNIAL_S3_STORAGE_CLASS")
 }

@@ -9,6 +9,7 @@ pub mod exit;
 mod identity;
 mod memory;
 mod output;
+mod secret;
 mod setup;
 
 use clap::{CommandFactory, Parser};

@@ -7,12 +7,13 @@ use crate::clock::Clock;
 use crate::error::{Error, IoContext, Result};
 use crate::events::Events;
 use crate::model::Beside;
-use crate::repository::{Codec, Repository};
+use crate::repository::vault::{Known, Vault, no_identity, recipients_of};
+use crate::repository::{Codec, Recipient, Repository};
 use crate::storage::{self, Location, Policy, S3Settings, Store, StoreSettings};
 
 use super::args::{CodecArgs, Global};
 use super::config::Config;
-use super::{environment, output};
+use super::{environment, output, secret};
 
 /// What every command starts from.
 pub struct Setup {
@@ -49,7 +50,23 @@ impl Setup {
         Ok(Policy { patience, attempt: fitting.attempt.min(patience), ..fitting })
     }
 
+    /// The store of a repository, encrypted or not.
     pub fn store(&self, location: &Location, retry: Policy) -> Result<Arc<dyn Store>> {
+        Ok(Arc::new(self.vault(location, retry, None)?))
+    }
+
+    /// The same for a repository of which something may be known.
+    pub fn vault(&self, location: &Location, retry: Policy, known: Option<Known>) -> Result<Vault> {
+        let (file, command) = (self.global.identity.clone(), environment::identity_command());
+        let (file, command) = (
+            file.or_else(|| self.config.identity_file.clone()),
+            command.or_else(|| self.config.identity_command.clone()),
+        );
+        let identities = move || secret::identities(environment::identity(), file.as_deref(), command.as_deref());
+        Ok(Vault::new(self.bare_store(location, retry)?, Arc::new(identities), known))
+    }
+
+    fn bare_store(&self, location: &Location, retry: Policy) -> Result<Arc<dyn Store>> {
         let mut variables: std::collections::BTreeMap<String, String> =
             self.config.s3.variables().into_iter().map(|(name, value)| (name.to_owned(), value)).collect();
         variables.extend(environment::with_prefix("AWS_"));
@@ -76,6 +93,23 @@ impl Setup {
         argument
             .or_else(|| self.config.data_dir.clone())
             .ok_or_else(|| Error::usage("no data directory is named").hint("add -D DIR, or set PGDATA"))
+    }
+
+    /// Who can open a new repository; nobody in particular when it is to be in the clear.
+    pub fn recipients(&self, args: &CodecArgs, location: &Location) -> Result<Vec<Recipient>> {
+        if !args.encrypt || !args.recipient.is_empty() {
+            return Ok(args.recipient.clone());
+        }
+        let file = self.global.identity.clone().or_else(|| self.config.identity_file.clone());
+        let command = environment::identity_command().or_else(|| self.config.identity_command.clone());
+        let text = secret::identities(environment::identity(), file.as_deref(), command.as_deref())?;
+        let recipients = text.map(|text| recipients_of(&text)).unwrap_or_default();
+        if recipients.is_empty() {
+            return Err(
+                no_identity(&location.to_string()).hint("say who may open it: --recipient age1…, or --identity FILE")
+            );
+        }
+        Ok(recipients)
     }
 
     /// Directories beside the database: as given, or else those of the file.
@@ -106,6 +140,10 @@ pub fn callback(global: &Global, location: &Location, verb: &str) -> Result<Vec<
     if let Some(config) = &global.config {
         let config = std::fs::canonicalize(config).on("resolve", config)?;
         words.push(format!("--config={}", config.display()));
+    }
+    if let Some(identity) = &global.identity {
+        let identity = std::fs::canonicalize(identity).on("resolve", identity)?;
+        words.push(format!("--identity={}", identity.display()));
     }
     Ok(words)
 }

@@ -4,12 +4,15 @@ use serde::{Deserialize, Serialize};
 
 use super::codec::Codec;
 use super::document;
+use super::vault::Encryption;
 use crate::clock::Clock;
 use crate::error::{Error, Result};
 use crate::model::{RepositoryId, Timestamp};
 
-/// The format this program writes. Readers refuse a higher `min_reader` than their own.
+/// The format this program writes, and the one of encrypted repositories. Readers refuse a higher `min_reader` than their
+/// own.
 const FORMAT: u32 = 1;
+const ENCRYPTED: u32 = 2;
 
 /// Written once by `init`, never changed.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -22,18 +25,22 @@ pub struct Descriptor {
     pub created_at: Timestamp,
     pub created_by: String,
     pub codec: Codec,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub encryption: Option<Encryption>,
 }
 
 impl Descriptor {
-    pub(super) fn new(codec: Codec, clock: &Clock) -> Descriptor {
+    pub(super) fn new(codec: Codec, encryption: Option<Encryption>, clock: &Clock) -> Descriptor {
+        let format = if encryption.is_some() { ENCRYPTED } else { FORMAT };
         Descriptor {
             kind: "perennial/repository".to_owned(),
-            format: FORMAT,
-            min_reader: FORMAT,
+            format,
+            min_reader: format,
             repository_id: RepositoryId(clock.random()),
             created_at: clock.now(),
             created_by: concat!("perennial ", env!("CARGO_PKG_VERSION")).to_owned(),
             codec,
+            encryption,
         }
     }
 
@@ -46,9 +53,9 @@ impl Descriptor {
         if versions.kind != "perennial/repository" {
             return Err(damaged(format!("its kind is '{}'", versions.kind)));
         }
-        if versions.min_reader > FORMAT {
+        if versions.min_reader > ENCRYPTED {
             return Err(Error::refused(format!(
-                "{url} needs a reader of format {}, this program reads up to {FORMAT}",
+                "{url} needs a reader of format {}, this program reads up to {ENCRYPTED}",
                 versions.min_reader
             ))
             .hint("use a newer version of perennial"));
@@ -75,7 +82,7 @@ mod tests {
 
     #[test]
     fn a_repository_of_the_future_is_refused_not_misread() {
-        let future = serde_json::json!({"kind": "perennial/repository", "min_reader": 2, "something": "new"});
+        let future = serde_json::json!({"kind": "perennial/repository", "min_reader": 3, "something": "new"});
         let future = document::write(&future).expect("written");
         assert_eq!(Descriptor::parse(&future, "u").expect_err("too new").kind(), Kind::Refused);
         for damaged in [
@@ -86,7 +93,7 @@ mod tests {
         ] {
             assert_eq!(Descriptor::parse(damaged, "u").expect_err("damaged").kind(), Kind::Damaged);
         }
-        let descriptor = Descriptor::new(Codec::default(), &Clock::system());
+        let descriptor = Descriptor::new(Codec::default(), None, &Clock::system());
         assert_eq!(Descriptor::parse(&descriptor.to_bytes().expect("json"), "u").expect("reads back"), descriptor);
     }
 }

@@ -3,6 +3,8 @@
 use crate::model::{BackupId, DirectoryName, Generation, PackId, Timeline, Timestamp, WriteId};
 use crate::wal::{SegmentName, WalFileName};
 
+use super::vault::KeyId;
+
 pub const DESCRIPTOR: &str = "perennial.json";
 pub const PROBES: &str = "perennial.probe";
 pub const GENERATIONS: &str = "generations";
@@ -10,6 +12,7 @@ pub const PACKS: &str = "packs";
 pub const BACKUPS: &str = "backups";
 pub const PRUNES: &str = "prunes";
 pub const DRILLS: &str = "drills";
+pub const KEYS: &str = "keys";
 
 pub fn generation_dir(generation: Generation) -> String {
     format!("{GENERATIONS}/{}", generation.padded())
@@ -17,6 +20,28 @@ pub fn generation_dir(generation: Generation) -> String {
 
 pub fn claim(generation: Generation) -> String {
     format!("{}/generation.json", generation_dir(generation))
+}
+
+/// The wrappings of a key are under this.
+pub fn wrapped_keys(id: KeyId) -> String {
+    format!("{KEYS}/{id}")
+}
+
+pub fn wrapped_key(id: KeyId, number: u32) -> String {
+    format!("{}/{number:08}", wrapped_keys(id))
+}
+
+/// The number of a wrapping.
+pub fn parse_wrapped_key(key: &str) -> Option<u32> {
+    let (id, number) = key.strip_prefix(KEYS)?.strip_prefix('/')?.split_once('/')?;
+    let (id, number) = (id.parse().ok()?, number.parse().ok()?);
+    (wrapped_key(id, number) == key).then_some(number)
+}
+
+/// What is never encrypted: it must be read to know how.
+pub fn is_in_the_clear(key: &str) -> bool {
+    let below = |directory: &str| key.strip_prefix(directory).is_some_and(|rest| rest.starts_with('/'));
+    key == DESCRIPTOR || below(KEYS) || below(PROBES)
 }
 
 /// All WAL of a generation is under this.
@@ -193,6 +218,8 @@ mod tests {
         assert_eq!(parse_log_entry(&log_entry(generation, 42)), Some((generation, 42)));
         assert_eq!(parse_collected(&collected(generation, 42)), Some((generation, 42)));
         assert_eq!(parse_log_entry("generations/00000012/log/42"), None);
+        let id: KeyId = "0123456789abcdef".parse().expect("an id");
+        assert_eq!(parse_wrapped_key(&wrapped_key(id, 7)), Some(7));
         let backup = BackupId { generation, start: Lsn(40), nonce: 7 };
         for (key, what) in [
             (manifest(backup), OfBackup::Manifest),

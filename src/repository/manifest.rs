@@ -70,14 +70,14 @@ pub struct BackupHead {
 }
 
 impl BackupHead {
-    /// The manifest: the head, completed with what the lines came to, and the lines.
-    pub fn with(mut self, lines: LinesWriter) -> Result<Body> {
+    /// The head, completed with what the lines came to, and the manifest: it and the lines.
+    pub fn with(mut self, lines: LinesWriter) -> Result<(BackupHead, Body)> {
         let (lines, frames) = lines.finish()?;
         self.format = FORMAT.to_owned();
         self.lines = lines;
         let mut body = Body::from(envelope::wrap(&self)?);
         frames.into_iter().for_each(|frame| body.push(frame));
-        Ok(body)
+        Ok((self, body))
     }
 }
 

@@ -18,6 +18,7 @@ pub mod pack;
 mod prune;
 pub mod reach;
 mod region;
+pub mod vault;
 mod wal_content;
 mod wal_index;
 mod wal_object;
@@ -29,6 +30,8 @@ use crate::clock::Clock;
 use crate::error::{Error, Result};
 use crate::storage::{Body, Created, Store, probe, read_small};
 
+use vault::{Encryption, Key};
+
 pub use beside::BesideHead;
 pub use codec::Codec;
 pub use descriptor::Descriptor;
@@ -36,6 +39,7 @@ pub use drill::DrillRecord;
 pub use generation::{Claim, Lineage, NewWriter, tips};
 pub use prune::PruneRecord;
 pub use region::{Pages, Patch, Region};
+pub use vault::Recipient;
 pub use wal_content::Known;
 pub use wal_index::{WalIndex, WalListing, WalPlace, WalSource};
 pub use wal_object::{FRAME, FRAMES_MAX, Frame, Plain, Put, WalHead, WalObject};
@@ -69,7 +73,7 @@ impl Repository {
         }
         let mut level = store.list_level("").await?;
         // What an init that was cut off leaves does not stand in the way of the next.
-        level.directories.retain(|directory| directory != layout::PROBES);
+        level.directories.retain(|directory| directory != layout::PROBES && directory != layout::KEYS);
         level.entries.retain(|entry| entry.key != layout::PROBES);
         if level.directories.is_empty() && level.entries.is_empty() {
             return Ok(Found::Empty);
@@ -101,11 +105,37 @@ impl Repository {
 
     /// Makes a new repository in an empty place, after a probe of the store. One that is there already is opened.
     pub async fn init(store: Arc<dyn Store>, codec: Codec, clock: &Clock) -> Result<(Repository, Created)> {
+        Repository::make(store, codec, &[], clock).await
+    }
+
+    /// The same for one that is encrypted with a new key, wrapped for `recipients`; without any it is in the clear. One that
+    /// is there already is opened if it is encrypted as asked.
+    pub async fn make(
+        store: Arc<dyn Store>,
+        codec: Codec,
+        recipients: &[Recipient],
+        clock: &Clock,
+    ) -> Result<(Repository, Created)> {
+        let encrypted = !recipients.is_empty();
         if let Found::Repository(repository) = Repository::find(Arc::clone(&store), clock).await? {
+            if encrypted && repository.descriptor.encryption.is_none() {
+                return Err(Error::refused(format!("{} is there already, and not encrypted", repository.address()))
+                    .hint("choose another prefix for an encrypted repository; what is stored in the clear stays so"));
+            }
             return Ok((repository, Created::AlreadyThere));
         }
         probe(&*store, layout::PROBES, clock).await?;
-        let descriptor = Descriptor::new(codec, clock);
+        let encryption = match encrypted {
+            true => {
+                let key = Key::random()?;
+                // Under the key's own id: of two machines that make the repository at once one's is forgotten.
+                let name = layout::wrapped_key(key.id()?, 1);
+                store.create(&name, &Body::from(key.wrap(recipients)?)).await?;
+                Some(Encryption::with(&key)?)
+            }
+            false => None,
+        };
+        let descriptor = Descriptor::new(codec, encryption, clock);
         let created = store.create(layout::DESCRIPTOR, &Body::from(descriptor.to_bytes()?)).await?;
         match created {
             Created::Now => Ok((Repository { store, descriptor, clock: clock.clone() }, created)),

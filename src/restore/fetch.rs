@@ -5,7 +5,7 @@ use std::fs::{File, OpenOptions};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use bytes::Bytes;
 use futures::StreamExt;
@@ -13,6 +13,7 @@ use futures::StreamExt;
 use super::delta::Have;
 use super::layout::{control_file_aside, inside, set_mode};
 use super::outside;
+use super::sum::Sum;
 use crate::error::{Error, IoContext, Result};
 use crate::events::{Event, Events};
 use crate::model::{BackupId, PackId};
@@ -129,28 +130,6 @@ impl Part {
     }
 }
 
-/// CRC-32C of a region that several frames make up, in whatever order they come: CRCs of parts, each moved to its place,
-/// add up to that of the whole.
-#[derive(Debug)]
-struct Sum {
-    expected: u32,
-    plain: u32,
-    so_far: AtomicU32,
-    frames_left: AtomicU32,
-}
-
-impl Sum {
-    fn add(&self, at: usize, bytes: &[u8]) {
-        let behind = self.plain as usize - at - bytes.len();
-        self.so_far.fetch_xor(crc32c::crc32c_combine(crc32c::crc32c(bytes), 0, behind), Ordering::Relaxed);
-    }
-
-    /// Whether the region is right, once its last frame is there.
-    fn frame_is_done(&self) -> bool {
-        self.frames_left.fetch_sub(1, Ordering::AcqRel) > 1 || self.so_far.load(Ordering::Acquire) == self.expected
-    }
-}
-
 /// All that is to be fetched.
 #[derive(Debug)]
 pub(super) struct Fetch {
@@ -263,12 +242,7 @@ fn add_region(pieces: &mut Vec<Piece>, sums: &mut Vec<Sum>, (file, offset): (usi
             pieces.push(Piece { file, offset, frame, part: Part::Pages { held, wanted, sum } });
         }
     }
-    sums.push(Sum {
-        expected: region.crc,
-        plain: region.plain,
-        so_far: AtomicU32::new(0),
-        frames_left: AtomicU32::new((pieces.len() - before) as u32),
-    });
+    sums.push(Sum::new(region.crc, region.plain, pieces.len() - before));
 }
 
 /// Where files go.

@@ -10,6 +10,7 @@ mod outside;
 pub mod pg_manifest;
 pub mod plan;
 mod recovery;
+mod sum;
 mod target;
 mod verify;
 

@@ -28,10 +28,10 @@ use crate::events::{Event, Events};
 use crate::model::{Beside, ByteSize, Generation, WriteId};
 use crate::postgres::{ConnectOptions, Install, version_of};
 use crate::repository::log::Position;
-use crate::repository::{Claim, Codec, NewWriter, Repository, Writer};
+use crate::repository::{Claim, Codec, NewWriter, Recipient, Repository, Writer};
 use crate::restore::{self, Action, Overwrite, Target};
 use crate::retention::Keep;
-use crate::storage::Store;
+use crate::storage::{Created, Store};
 
 use boot::Decision;
 use claimant::Claimant;
@@ -49,6 +49,8 @@ pub struct Options {
     /// Set a directory aside whose WAL the repository does not continue.
     pub discard_diverged: bool,
     pub codec: Codec,
+    /// Who can open a new repository; without any it is in the clear.
+    pub recipients: Vec<Recipient>,
     /// How the server's WAL is streamed.
     pub rpo: Duration,
     pub linger: Duration,
@@ -213,8 +215,13 @@ struct Machine<'a> {
 }
 
 impl Machine<'_> {
+    async fn make_repository(&self) -> Result<(Repository, Created)> {
+        let (codec, recipients) = (self.options.codec, &self.options.recipients);
+        Repository::make(Arc::clone(&self.store), codec, recipients, self.clock).await
+    }
+
     async fn init(&self) -> Result<Option<Taken>> {
-        let (repository, _) = Repository::init(Arc::clone(&self.store), self.options.codec, self.clock).await?;
+        let (repository, _) = self.make_repository().await?;
         let data_dir = &self.options.data_dir;
         let install = self.install(None)?;
         install.initdb(data_dir, &self.options.initdb_options)?;
@@ -309,7 +316,7 @@ impl Machine<'_> {
     ) -> Result<Option<Taken>> {
         let repository = match repository {
             Some(repository) => repository,
-            None => Repository::init(Arc::clone(&self.store), self.options.codec, self.clock).await?.0,
+            None => self.make_repository().await?.0,
         };
         self.install(Some(version_of(&self.options.data_dir)?.major))?;
         let newest = newest.map(|claim| claim.generation);

@@ -5,7 +5,9 @@
     reader.py check REPO_DIR
     reader.py cat REPO_DIR KEY
 
-Needs Python 3.11 and the `zstandard` module. Run `restore` as the user that will run PostgreSQL.
+For an encrypted repository each command takes --key-file FILE, with what `perennial key export` prints.
+
+Needs Python 3.11 and the `zstandard` module, for an encrypted repository also `cryptography`. Run `restore` as the user that will run PostgreSQL.
 """
 import argparse
 import contextlib
@@ -23,6 +25,7 @@ import zstandard
 
 HEAD_MAGIC, INDEX_MAGIC, ENDLESS, PAGE = 0x184D2A50, 0x184D2A51, 1 << 64, 8192
 WAL_FRAME, IN_FLIGHT = 4 << 20, 15
+CHUNK, TAG = 32 << 10, 16
 CRC_TABLE = list(range(256))
 for _ in range(8):
     CRC_TABLE = [(c >> 1) ^ (0x82F63B78 if c & 1 else 0) for c in CRC_TABLE]
@@ -150,20 +153,61 @@ def advance(key, head, at, size):
     return here[0], end
 
 
+# --- encryption
+
+class Vault:
+    """Opens the chunks of encrypted objects."""
+
+    def __init__(self, key, key_id):
+        from cryptography.hazmat.primitives import hashes
+        from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+        self.derive = lambda purpose, length: HKDF(hashes.SHA256(), length, None, purpose).derive(key)
+        demand(self.derive(b"perennial key id 1", 8).hex() == key_id, "perennial.json", "is encrypted with another key")
+
+    @functools.lru_cache(maxsize=64)
+    def sealed(self, name):
+        from cryptography.hazmat.primitives.ciphers.aead import AESGCMSIV
+        return AESGCMSIV(self.derive(b"perennial object 1 " + name.encode(), 32))
+
+    def read(self, name, file, offset, length):
+        from cryptography.exceptions import InvalidTag
+        size = os.fstat(file.fileno()).st_size
+        last, number, plain = max(-(-size // (CHUNK + TAG)), 1) - 1, offset // CHUNK, b""
+        file.seek(number * (CHUNK + TAG))
+        behind = ENDLESS if length < 0 else offset + length
+        begin = number * CHUNK
+        while number <= last and begin + len(plain) < behind:
+            nonce = number.to_bytes(8, "big") + bytes([0, 0, 0, number == last])
+            try:
+                plain += self.sealed(name).decrypt(nonce, file.read(CHUNK + TAG), None)
+            except InvalidTag:
+                raise Damage(f"{name}: chunk {number} does not prove right: altered, cut or moved here") from None
+            number += 1
+        return plain[offset - begin:behind - begin]
+
+
 # --- objects
 
 class Repository:
     """The objects below one directory."""
 
-    def __init__(self, directory):
+    def __init__(self, directory, key_file=None):
         self.directory = directory.removeprefix("file://")
+        self.vault = None
         with reading("perennial.json"):
             descriptor = parse_document("perennial.json", self.read("perennial.json"), "perennial/repository")
-            demand(descriptor["min_reader"] <= 1, "perennial.json", "needs a newer reader")
+            demand(descriptor["min_reader"] <= 2, "perennial.json", "needs a newer reader")
             self.id = descriptor["repository_id"]
+            if encryption := descriptor.get("encryption"):
+                demand(encryption["cipher"] == "aes-256-gcm-siv/1", "perennial.json", "another cipher")
+                demand(key_file, "perennial.json", "is encrypted: --key-file is needed")
+                with open(key_file, encoding="ascii") as file:
+                    self.vault = Vault(bytes.fromhex(file.read()), encryption["key_id"])
 
     def read(self, key, offset=0, length=-1):
         with reading(key), open(os.path.join(self.directory, key), "rb") as file:
+            if self.vault and key != "perennial.json" and not key.startswith(("keys/", "perennial.probe/")):
+                return self.vault.read(key, file, offset, length)
             file.seek(offset)
             return file.read(length)
 
@@ -575,6 +619,8 @@ def check_key(repo, key):
         segments(repo.wal_index(repo.lineage(head["generation"])), [(head["timeline"], lsn(head["stop_lsn"]))], head)
     elif re.fullmatch(r"packs/[0-9a-f]{32}", key):
         list(map(len, repo.pack_frames(key)))
+    elif re.fullmatch(r"keys/[0-9a-f]{16}/\d{8}", key):
+        demand(repo.read(key).startswith(b"-----BEGIN AGE ENCRYPTED FILE-----"), key, "is no armored age file")
     elif key != "perennial.json" and not re.fullmatch(r"generations/\d{8}/(log|collected)/\d{12}", key):
         print(f"note: {key} is no object of this format", file=sys.stderr)
 
@@ -624,6 +670,7 @@ def main():
     commands = parser.add_subparsers(dest="command", required=True)
     for name in ("restore", "beside", "check", "cat"):
         commands.add_parser(name).add_argument("repo")
+        commands.choices[name].add_argument("--key-file", metavar="FILE")
     commands.choices["restore"].add_argument("target")
     commands.choices["restore"].add_argument("--backup", metavar="ID")
     commands.choices["restore"].add_argument("--tablespace", metavar="OID=DIR", action="append", default=[])
@@ -632,7 +679,7 @@ def main():
     commands.choices["beside"].add_argument("target")
     args = parser.parse_args()
     try:
-        repo = Repository(args.repo)
+        repo = Repository(args.repo, args.key_file)
         if args.command == "check":
             return check(repo)
         if args.command == "cat":

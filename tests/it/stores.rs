@@ -5,6 +5,7 @@ use std::sync::Arc;
 use perennial::clock::Clock;
 use perennial::error::Kind;
 use perennial::events::Events;
+use perennial::repository::vault::Vault;
 use perennial::repository::{Codec, Repository};
 use perennial::storage::faulty::{Fault, Faulty};
 use perennial::storage::{
@@ -27,6 +28,22 @@ pub fn store_with_home(url: &str, env: &[(String, String)], home: Option<&std::p
 #[tokio::test]
 async fn memory_keeps_the_rules() {
     conformance::run(&Adapter::memory(), "c").await.expect("conforms");
+}
+
+#[tokio::test]
+async fn an_encrypted_store_keeps_the_rules() {
+    let identity = age::x25519::Identity::generate();
+    let secret = age::secrecy::ExposeSecret::expose_secret(&identity.to_string()).to_owned();
+    let recipient = identity.to_public().to_string().parse().expect("a recipient");
+    let memory: Arc<dyn Store> = Arc::new(Adapter::memory());
+    let identities = Arc::new(move || Ok(Some(secret.clone())));
+    let vault: Arc<dyn Store> = Arc::new(Vault::new(Arc::clone(&memory), identities, None));
+    let clock = Clock::system();
+    Repository::make(Arc::clone(&vault), Codec::default(), &[recipient], &clock).await.expect("made");
+    conformance::run(&*vault, "c").await.expect("conforms");
+    vault.create("a", &body("plain")).await.expect("stored");
+    let stored = memory.read("a", 0..100).await.expect("read").expect("there");
+    assert!(!stored.bytes.windows(5).any(|five| five == b"plain"));
 }
 
 #[tokio::test]

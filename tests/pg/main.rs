@@ -19,6 +19,7 @@ mod boots;
 mod damage;
 mod delta;
 mod drills;
+mod encrypted;
 mod live_backup;
 mod outages;
 mod retention;

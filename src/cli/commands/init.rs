@@ -13,7 +13,8 @@ pub async fn run(setup: &Setup, args: args::Init) -> Result<i32> {
         crate::disk::create_dir(directory, 0o700)?;
     }
     let store = setup.store(&location, Policy::default())?;
-    let (repository, created) = Repository::init(store, codec(&args.codec)?, &setup.clock).await?;
+    let recipients = setup.recipients(&args.codec, &location)?;
+    let (repository, created) = Repository::make(store, codec(&args.codec)?, &recipients, &setup.clock).await?;
     let descriptor = repository.descriptor();
     let new = created == Created::Now;
     if setup.global.json {

@@ -5,6 +5,7 @@ mod backup;
 mod demo;
 mod drill;
 mod init;
+mod key;
 mod list;
 mod prune;
 mod restore;
@@ -39,6 +40,7 @@ pub fn dispatch(args: Args) -> Result<i32> {
         Command::Status(args) => wide(status::run(&setup, args)),
         Command::Prune(args) => wide(prune::run(&setup, args)),
         Command::Drill(args) => drill::run(&setup, args),
+        Command::Key(args) => wide(key::run(&setup, args)),
         Command::Pin(args) => wide(prune::pin(&setup, args)),
         Command::Unpin(args) => wide(prune::unpin(&setup, args)),
         Command::Demo(args) => demo::run(&setup, args),

@@ -36,6 +36,7 @@ pub fn run(setup: &Setup, mut args: args::Run) -> Result<i32> {
         let options = run::Options {
             init: args.init,
             codec: codec(&args.codec)?,
+            recipients: setup.recipients(&args.codec, &location)?,
             discard_diverged: args.discard_diverged,
             when_behind: match args.when_behind.or(setup.config.when_behind) {
                 Some(args::WhenBehindArg::Drop) => WhenBehind::Drop,
@@ -66,6 +67,7 @@ pub(super) fn options(setup: &Setup, mut keep: args::Keep, data_dir: PathBuf) ->
         init: false,
         adopt: keep.adopt,
         codec: Codec::default(),
+        recipients: Vec::new(),
         discard_diverged: false,
         rpo: duration(setup, keep.rpo, config.rpo.as_ref(), RPO)?,
         linger: duration(setup, keep.linger, config.linger.as_ref(), LINGER)?,

@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::Arc;
 use std::time::Duration;
 
 use crate::archive::push::{Pusher, name_of};
@@ -9,12 +10,17 @@ use crate::archive::{FetchOptions, Fetched, Source, claim, ensure_writer, helper
 use crate::cli::args::{self, HistoryArgs};
 use crate::cli::setup::Setup;
 use crate::cli::{environment, exit};
+use crate::disk;
 use crate::error::{Error, IoContext, Result};
 use crate::postgres::PostmasterFile;
 use crate::postgres::data_dir::OWN_DIR;
-use crate::repository::Repository;
-use crate::storage::Policy;
+use crate::repository::vault::{Known, Vault};
+use crate::repository::{Repository, Writer};
+use crate::storage::{Policy, Store};
 use crate::wal::{WalFileName, scan_part};
+
+/// In our directory of the data directory.
+const KEY_NOTE: &str = "key.age";
 
 /// Recovery stops for good when a fetch fails: it is tried for longer than anything else.
 const FETCH_PATIENCE: Duration = Duration::from_secs(300);
@@ -22,7 +28,8 @@ const FETCH_PATIENCE: Duration = Duration::from_secs(300);
 pub async fn push(setup: &Setup, args: args::WalPush) -> Result<i32> {
     end_with_parent()?;
     let data_dir = data_dir_of(&args.path)?;
-    let store = setup.store(&setup.location(None)?, Policy::default())?;
+    let vault = setup.vault(&setup.location(None)?, Policy::default(), known(&data_dir)?)?;
+    let store: Arc<dyn Store> = Arc::new(vault.clone());
     let timeline = match name_of(&args.path)? {
         WalFileName::Segment(name) => Some(name.timeline),
         WalFileName::History(timeline) => Some(timeline),
@@ -31,8 +38,27 @@ pub async fn push(setup: &Setup, args: args::WalPush) -> Result<i32> {
     let host = environment::host_name();
     let writer = ensure_writer(store.clone(), &data_dir, timeline, &host, &setup.clock, &setup.events).await?;
     let repository = writer.repository(store, &setup.clock);
-    let pusher = Pusher { repository, writer, data_dir, events: setup.events.clone() };
-    pusher.push(&args.path).await.map(|()| 0)
+    let pusher = Pusher { repository, writer, data_dir: data_dir.clone(), events: setup.events.clone() };
+    pusher.push(&args.path).await?;
+    note_key(&vault, &data_dir)?;
+    Ok(0)
+}
+
+/// What the directory knows of its repository, so that a push need not ask whether it is encrypted, nor for its key.
+fn known(data_dir: &Path) -> Result<Option<Known>> {
+    let own_dir = data_dir.join(OWN_DIR);
+    let Some(writer) = Writer::load(&own_dir)? else { return Ok(None) };
+    Ok(Some(Known { encryption: writer.descriptor.encryption, wrapped: disk::read_if_there(&own_dir.join(KEY_NOTE))? }))
+}
+
+/// The key as it is wrapped in the repository: of no use without an identity.
+fn note_key(vault: &Vault, data_dir: &Path) -> Result<()> {
+    let Some(wrapped) = vault.wrapped() else { return Ok(()) };
+    let path = data_dir.join(OWN_DIR).join(KEY_NOTE);
+    if disk::read_if_there(&path)?.as_ref() != Some(&*wrapped) {
+        disk::durable_write(&path, &wrapped, 0o600)?;
+    }
+    Ok(())
 }
 
 pub async fn fetch(setup: &Setup, args: args::WalFetch) -> Result<i32> {
@@ -131,6 +157,7 @@ fn start_helper(setup: &Setup, history: &HistoryArgs, postmaster: i32) -> Result
         &format!("--repo={}", setup.location(None)?),
     ]);
     command.args(setup.global.config.iter().map(|config| format!("--config={}", config.display())));
+    command.args(setup.global.identity.iter().map(|identity| format!("--identity={}", identity.display())));
     command.args(history.generation.iter().map(|generation| format!("--generation={generation}")));
     command.args(history.oldest.iter().map(|oldest| format!("--oldest={oldest}")));
     command.args(history.timeline.iter().map(|timeline| format!("--timeline={timeline}")));
