@@ -1,5 +1,5 @@
 # What there is to run. `make demo` and `make test` install what they miss by themselves.
-.PHONY: demo test lint torture bench install clean
+.PHONY: demo test lint torture bench bench-increments install clean
 
 demo: ## watch a database survive its machine
 	scripts/setup demo
@@ -21,6 +21,11 @@ bench: ## Perennial beside pgBackRest and WAL-RUS, and the cost of commits; take
 	cargo build --release --quiet
 	benches/compare/run --output target/benchmarks.md
 	benches/commits/run | tee target/commits.md
+
+bench-increments: ## increments beside pgBackRest's and WAL-RUS's; takes over an hour at scale 300 (SCALE=100: half of that)
+	benches/compare/setup
+	cargo build --release --quiet
+	benches/compare/increments --scale $(or $(SCALE),300) --output target/increments.md
 
 PREFIX ?= /usr/local
 install: ## program, man pages and completions

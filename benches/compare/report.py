@@ -50,17 +50,31 @@ SCENES: list[tuple[str, str, list[Column]]] = [
 
 def render(document: dict) -> str:
     """The whole report."""
-    lines = ["| item | value |", "| --- | --- |"]
-    lines += [f"| {name} | {value} |" for name, value in document["about"].items()]
+    lines = about(document)
     for scene, title, columns in SCENES:
         records = [record for record in document["records"] if record["scene"] == scene]
         if records:
             lines += ["", f"## {title}", "", *values(records, columns), "", *ratios(records, columns)]
-    failures = [record for record in document["records"] if "error" in record]
-    if failures:
-        lines += ["", "## What failed", ""]
-        lines += [f"- {where(failed)}: `{brief(failed['error'])}`" for failed in failures]
-    return "\n".join([*lines, ""])
+    return "\n".join([*lines, *failures(document), ""])
+
+
+def about(document: dict) -> list[str]:
+    """The table that says what was measured, with what, and where."""
+    return table_head(["item", "value"]) + [table_row([name, value]) for name, value in document["about"].items()]
+
+
+def failures(document: dict) -> list[str]:
+    """What did not work, if anything."""
+    failed = [record for record in document["records"] if "error" in record]
+    lines = [f"- {where(record)}: `{brief(record['error'])}`" for record in failed]
+    return ["", "## What failed", "", *lines] if lines else []
+
+
+def save(document: dict, rendered: Callable[[dict], str], output: Path | None) -> None:
+    """Writes what there is so far: the report, and the raw numbers beside it."""
+    if output:
+        output.write_text(rendered(document), encoding="utf-8")
+        output.with_suffix(".json").write_text(json.dumps(document, indent=1), encoding="utf-8")
 
 
 def values(records: list[Record], columns: list[Column]) -> list[str]:

@@ -39,6 +39,9 @@ class Plan:
 class Bench:
     """One run: a cluster, a store, the tools, and a directory for everything."""
 
+    # How `pgbench -i` fills the cluster, beside the scale.
+    filling: tuple[str, ...] = ()
+
     def __init__(self, directory: Path, plan: Plan, tools: list[Tool], objects: store.Store) -> None:
         self.directory = directory
         self.plan = plan
@@ -58,7 +61,7 @@ class Bench:
         """Makes the cluster and fills it."""
         self.cluster.init()
         self.cluster.start()
-        self.cluster.pgbench("-i", "-q", "-s", str(self.plan.scale))
+        self.cluster.pgbench("-i", "-q", "-s", str(self.plan.scale), *self.filling)
         self.cluster.sql("VACUUM (FREEZE, ANALYZE)")
 
     def stop(self) -> None:
@@ -188,24 +191,30 @@ class Bench:
             self._call(tool, repository, command, data_dir)
 
     def _backup(self, tool: Tool, repository: Repository, also_archive: list[str] | None = None) -> dict:
+        """A full backup into a fresh repository."""
+        self._create(tool, repository, self.cluster.data_dir)
+        taken = self._take(tool, repository, tool.backup(self.cluster.data_dir), also_archive)
+        return taken | self._stored(repository)
+
+    def _take(self, tool: Tool, repository: Repository, command: list, also_archive: list[str] | None = None) -> dict:
+        """An online backup by this command, with the tool's archive_command for as long as it takes."""
         data_dir = self.cluster.data_dir
-        self._create(tool, repository, data_dir)
         self.cluster.archive_with(" && ".join([*(also_archive or []), self._archive_command(tool, repository)]))
         self.cluster.sql("CHECKPOINT")
         warm(data_dir)
         archived = self.cluster.archiving_cpu()
         with Meter(self.programs) as measured:
             env = self._environment(tool, repository)
-            measured.run(tool.backup(data_dir), log=self.log, env=env, cwd=data_dir)
+            measured.run(command, log=self.log, env=env, cwd=data_dir)
         self.cluster.archive_with("/bin/true")
         archiving = self.cluster.archiving_cpu() - archived
-        return measured.results() | {"archiving_cpu": archiving} | self._stored(repository)
+        return measured.results() | {"archiving_cpu": archiving}
 
-    def _restore(self, tool: Tool, repository: Repository) -> tuple[Path, Meter]:
+    def _restore(self, tool: Tool, repository: Repository, backup: str | None = None) -> tuple[Path, Meter]:
         data_dir = make_directory(self.directory / "restored")
         with Meter(self.programs) as measured:
             env = self._environment(tool, repository)
-            measured.run(tool.restore(data_dir), log=self.log, env=env, cwd=self.directory)
+            measured.run(tool.restore(data_dir, backup), log=self.log, env=env, cwd=self.directory)
         return data_dir, measured
 
     def _restore_once(self, tool: Tool, repository: Repository) -> dict:
