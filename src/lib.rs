@@ -7,6 +7,7 @@
 
 // L0: nouns, time, events, errors
 pub mod clock;
+pub mod copy;
 pub mod drill;
 pub mod error;
 pub mod events;

@@ -53,6 +53,7 @@ fn allowed() -> BTreeMap<&'static str, Vec<&'static str>> {
         "backup",
         "restore",
         "drill",
+        "copy",
         "retention",
         "status",
     ];
@@ -69,6 +70,7 @@ fn allowed() -> BTreeMap<&'static str, Vec<&'static str>> {
         ("archive", below(&["disk", "wal", "storage", "repository", "postgres"])),
         ("backup", below(&["disk", "wal", "storage", "repository", "postgres"])),
         ("restore", below(&["disk", "wal", "storage", "repository", "postgres"])),
+        ("copy", below(&["storage", "repository"])),
         ("drill", below(&["disk", "wal", "storage", "repository", "postgres", "restore"])),
         ("retention", below(&["disk", "wal", "storage", "repository"])),
         ("status", below(&["disk"])),

@@ -15,14 +15,15 @@ use crate::model::{BackupId, Beside, Generation, Lsn, Timeline, Timestamp, Write
 use crate::postgres::data_dir::FileItem;
 use crate::postgres::is_vacant;
 use crate::repository::manifest::{Directory, Line, Lines, LinesWriter, Link};
-use crate::repository::{BesideHead, Repository};
+use crate::repository::{BesideHead, Repository, UNFINISHED};
 
 /// A directory is read this many times at most.
 const PASSES: u32 = 4;
 
-/// A file that was changed less than this long before it was looked at may change again without its time telling
-/// (timestamps move in steps of some milliseconds): it is read the next time too.
-const SETTLED: std::time::Duration = std::time::Duration::from_secs(2);
+/// A file that was changed less than this long before it was looked at may change again without its time telling: it is
+/// read the next time too. Timestamps move in steps of some milliseconds; and a page that is written to through a mapping
+/// tells so only once it has been written back since, which Linux does within half a minute.
+const SETTLED: std::time::Duration = std::time::Duration::from_secs(60);
 
 /// Where a snapshot belongs.
 #[derive(Debug, Clone, Copy)]
@@ -49,6 +50,10 @@ pub async fn take(
         ));
         return Ok(None);
     }
+    if beside.path.join(UNFINISHED).exists() {
+        return Err(Error::refused(format!("{} was not put back whole", beside.path.display()))
+            .hint("start `perennial run` with it again, or remove the file in it that says so"));
+    }
     let mut parent = match repository.newest_beside(&beside.name).await {
         Ok(Some(head)) => Some(Parent::beside(repository, &head).await?),
         Ok(None) => None,
@@ -60,12 +65,12 @@ pub async fn take(
     };
     let built_on = parent.as_ref().map(|parent| parent.id);
     let task = Task { repository, id: place.backup, start: Lsn(0), data_checksums: false };
-    let mut found = Found::look(&beside.path, repository.clock().now())?;
+    let mut found = Found::look_aside(&beside.path, repository.clock().now()).await?;
     let (mut stored, mut pass) = (0, 1);
     let (copied, changing) = loop {
         let copied = copy::files_only(&task, &found.files_with_marks(), parent.take()).await?;
         stored += copied.stored;
-        let after = Found::look(&beside.path, repository.clock().now())?;
+        let after = Found::look_aside(&beside.path, repository.clock().now()).await?;
         let changing = found.differences(&after);
         if changing == 0 || pass == PASSES {
             break (copied, changing);
@@ -146,6 +151,13 @@ struct Found {
 }
 
 impl Found {
+    /// On a thread of its own: a file system that hangs must not hold up whoever waits for something else.
+    async fn look_aside(top: &Path, now: Timestamp) -> Result<Found> {
+        let top = top.to_owned();
+        let look = tokio::task::spawn_blocking(move || Found::look(&top, now));
+        look.await.map_err(|e| Error::internal("a looking thread ended").source(e))?
+    }
+
     fn look(top: &Path, now: Timestamp) -> Result<Found> {
         let mut found = Found::default();
         let mut todo = vec![String::new()];

@@ -47,7 +47,7 @@ pub struct Task<'a> {
 }
 
 /// What the copy came to.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, Clone)]
 pub struct Copied {
     pub files: Vec<FileEntry>,
     /// All that are needed: new ones, and those of the last backup that have what has not changed.

@@ -15,6 +15,7 @@ use crate::postgres::page::{self, PAGE};
 use crate::repository::codec::decompress;
 use crate::repository::manifest::{FileEntry, Region};
 use crate::repository::{Codec, Repository};
+use crate::storage::faulty::{Fault, Faulty};
 use crate::storage::{Adapter, Store};
 
 const SEEDS: u64 = 60;
@@ -157,17 +158,20 @@ struct Sum {
     bytes: u64,
     stored: u64,
     patched: usize,
+    /// Backups that were cut off.
+    died: usize,
 }
 
 async fn live(seed: u64) -> Sum {
     let directory = tempfile::tempdir().expect("a directory");
     let clock = Clock::system();
-    let store: Arc<dyn Store> = Arc::new(Adapter::memory());
+    let faulty = Faulty::new(Arc::new(Adapter::memory()));
+    let store: Arc<dyn Store> = Arc::new(faulty.clone());
     let (repository, _) = Repository::init(store, Codec::default(), &clock).await.expect("made");
     let mut disk = Disk { files: BTreeMap::new(), lsn: 1 << 21, chance: Chance(seed) };
     let paths = ["16384", "16385", "16384_vm"];
     let mut kept: Vec<(Copied, BTreeMap<String, Vec<u8>>)> = Vec::new();
-    let mut parent: Option<Parent> = None;
+    let mut newest: Option<(BackupId, Lsn, Copied)> = None;
     let mut sum = Sum::default();
     for n in 0..BACKUPS {
         for _ in 0..disk.chance.below(6) {
@@ -180,14 +184,22 @@ async fn live(seed: u64) -> Sum {
         let id = BackupId { generation: Generation(1), start, nonce: n as u16 };
         let task = Task { repository: &repository, id, start, data_checksums: true };
         let items: Vec<_> = disk.files.keys().map(|path| (item(directory.path(), path), None)).collect();
-        let copied = copy::files_only(&task, &items, parent.take()).await.expect("copied");
+        let parent = || newest.as_ref().map(|(id, start, copied)| Parent::of(*id, *start, copied));
+        // Now and then it dies before, and is done again: what it has put stays behind, named by nobody.
+        if disk.chance.below(3) == 0 {
+            let (id, lived_for) = (BackupId { nonce: u16::MAX - n as u16, ..id }, disk.chance.below(3) as usize);
+            faulty.queue(&[vec![Fault::None; lived_for], vec![Fault::Denied; 8]].concat());
+            sum.died += usize::from(copy::files_only(&Task { id, ..task }, &items, parent()).await.is_err());
+            faulty.forget();
+        }
+        let copied = copy::files_only(&task, &items, parent()).await.expect("copied");
         sum.stored += copied.stored;
         let regions = copied.files.iter().flat_map(|file| &file.regions);
         sum.patched += regions.filter(|region| !region.patches.is_empty()).count();
         let files = disk.files.iter().map(|(path, pages)| (path.clone(), pages.concat()));
         let files: BTreeMap<_, _> = files.collect();
         sum.bytes += files.values().map(|content| content.len() as u64).sum::<u64>();
-        parent = Some(Parent::of(id, start, &copied));
+        newest = Some((id, start, copied.clone()));
         kept.push((copied, files));
         // Each backup, now and again later.
         for (copied, files) in &kept {
@@ -222,9 +234,11 @@ fn every_backup_holds_the_bytes_of_its_moment() {
             bytes: sum.bytes + life.bytes,
             stored: sum.stored + life.stored,
             patched: sum.patched + life.patched,
+            died: sum.died + life.died,
         };
     }
     assert!(sum.bytes > 100 << 20, "too little was looked at: {sum:?}");
+    assert!(sum.died > 10, "hardly any backup was cut off: {sum:?}");
     let scratch = tempfile::NamedTempFile::new().expect("a file");
     let tells_birth = UncachedFile::open(scratch.path()).expect("opened").is_some_and(|file| file.birth().is_some());
     assert!(sum.patched > 100 || !tells_birth, "patches were hardly met: {sum:?}");

@@ -7,6 +7,7 @@ use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
 
 use crate::model::{BackupId, Beside, ByteSize, Generation, Lsn, Timeline, Timestamp, parse_duration};
 use crate::repository::Recipient;
+use crate::storage::Location;
 
 /// PostgreSQL on machines that can vanish: backup, WAL archive, restore and supervision on an object store.
 #[derive(Debug, Parser)]
@@ -68,6 +69,8 @@ pub enum Command {
     Drill(Drill),
     /// Keep a backup whatever the rules of `prune` say
     Pin(Pin),
+    /// Copy the repository to a second place, or what is new of it since the last copy
+    Copy(Copy),
     /// The key of an encrypted repository
     #[command(subcommand)]
     Key(Key),
@@ -154,6 +157,12 @@ pub struct Keep {
     /// How often to take a base backup
     #[arg(long, value_name = "DURATION", value_parser = parse_duration, env = "PERENNIAL_BACKUP_EVERY", hide_env_values = true)]
     pub backup_every: Option<Duration>,
+    /// Keep a second repository current: a copy in another region, another cloud, on a disk (see `perennial copy`)
+    #[arg(long, value_name = "URL", env = "PERENNIAL_ALSO_TO", hide_env_values = true)]
+    pub also_to: Option<Location>,
+    /// How long after a copy the next one begins [default: 5m]
+    #[arg(long, value_name = "DURATION", value_parser = parse_duration, env = "PERENNIAL_ALSO_EVERY", hide_env_values = true)]
+    pub also_every: Option<Duration>,
     /// How often to prove with a drill that the newest state can be restored; 0 for never [default: 0]
     #[arg(long, value_name = "DURATION", value_parser = parse_duration, env = "PERENNIAL_DRILL_EVERY", hide_env_values = true)]
     pub drill_every: Option<Duration>,
@@ -480,6 +489,14 @@ pub struct Pin {
 pub struct Unpin {
     /// The backup
     pub backup: BackupId,
+}
+
+#[derive(Debug, ClapArgs)]
+pub struct Copy {
+    /// Address of the second place: empty, or an earlier copy. Settings of its store that differ are named PERENNIAL_TO_…, such as
+    /// PERENNIAL_TO_AWS_ENDPOINT_URL
+    #[arg(long, value_name = "URL")]
+    pub to: Location,
 }
 
 #[derive(Debug, Subcommand)]

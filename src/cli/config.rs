@@ -25,6 +25,8 @@ pub struct Config {
     pub keep_yearly: Option<u32>,
     pub keep_points: Option<String>,
     pub prune_grace: Option<String>,
+    pub also_to: Option<String>,
+    pub also_every: Option<String>,
     pub drill_every: Option<String>,
     pub drill_in: Option<std::path::PathBuf>,
     pub drill_check: Vec<String>,

@@ -1,6 +1,6 @@
 //! From arguments, environment and configuration file to the values that operations take.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::clock::Clock;
@@ -9,7 +9,7 @@ use crate::events::Events;
 use crate::model::Beside;
 use crate::repository::vault::{Known, Vault, no_identity, recipients_of};
 use crate::repository::{Codec, Recipient, Repository};
-use crate::storage::{self, Location, Policy, S3Settings, Store, StoreSettings};
+use crate::storage::{self, Location, Policy, S3Settings, Scheme, Store, StoreSettings};
 
 use super::args::{CodecArgs, Global};
 use super::config::Config;
@@ -63,21 +63,42 @@ impl Setup {
             command.or_else(|| self.config.identity_command.clone()),
         );
         let identities = move || secret::identities(environment::identity(), file.as_deref(), command.as_deref());
-        Ok(Vault::new(self.bare_store(location, retry)?, Arc::new(identities), known))
+        Ok(Vault::new(self.open(location, retry, "")?, Arc::new(identities), known))
     }
 
-    fn bare_store(&self, location: &Location, retry: Policy) -> Result<Arc<dyn Store>> {
+    /// The store below any encryption.
+    pub fn bare_store(&self, location: &Location) -> Result<Arc<dyn Store>> {
+        self.open(location, Policy::default(), "")
+    }
+
+    /// The same of the second place of a copy: variables that begin with `PERENNIAL_TO_` go before those that do not.
+    pub fn second_store(&self, location: &Location) -> Result<Arc<dyn Store>> {
+        if let Scheme::File { directory } = &location.scheme {
+            crate::disk::create_dir(directory, 0o700)?;
+        }
+        self.open(location, Policy::default(), "PERENNIAL_TO_")
+    }
+
+    fn open(&self, location: &Location, retry: Policy, own: &str) -> Result<Arc<dyn Store>> {
+        let with_prefix = |prefix: &str| {
+            let mut all = environment::with_prefix(prefix);
+            if !own.is_empty() {
+                let owned = environment::with_prefix(&format!("{own}{prefix}")).into_iter();
+                all.extend(owned.map(|(name, value)| (name[own.len()..].to_owned(), value)));
+            }
+            all
+        };
         let mut variables: std::collections::BTreeMap<String, String> =
             self.config.s3.variables().into_iter().map(|(name, value)| (name.to_owned(), value)).collect();
-        variables.extend(environment::with_prefix("AWS_"));
+        variables.extend(with_prefix("AWS_"));
         let settings = StoreSettings {
             s3: S3Settings {
                 variables,
                 home: environment::home(),
                 storage_class: environment::storage_class().or_else(|| self.config.s3.storage_class.clone()),
             },
-            google: environment::with_prefix("GOOGLE_").into_iter().collect(),
-            azure: environment::with_prefix("AZURE_").into_iter().collect(),
+            google: with_prefix("GOOGLE_").into_iter().collect(),
+            azure: with_prefix("AZURE_").into_iter().collect(),
             retry: self.policy(retry)?,
         };
         storage::open(location, &settings, &self.clock, &self.events)
@@ -113,19 +134,40 @@ impl Setup {
     }
 
     /// Directories beside the database: as given, or else those of the file.
-    pub fn besides(&self, given: Vec<Beside>) -> Result<Vec<Beside>> {
+    pub fn besides(&self, given: Vec<Beside>, data_dir: &Path) -> Result<Vec<Beside>> {
         if !given.is_empty() {
-            return Beside::check(given).map_err(Error::from);
+            return apart(given, data_dir);
         }
         let configured = self.config.with.iter();
         let texts = configured.map(|(name, path)| format!("{name}={}", path.display()).parse::<Beside>());
-        Ok(Beside::check(texts.collect::<std::result::Result<_, _>>()?)?)
+        apart(texts.collect::<std::result::Result<_, _>>()?, data_dir)
     }
 
     /// A duration of the configuration file.
     pub fn configured(&self, value: Option<&String>) -> Result<Option<std::time::Duration>> {
         value.map(|text| crate::model::parse_duration(text).map_err(Error::from)).transpose()
     }
+}
+
+/// Directories beside the database, none in another and none in its own.
+pub fn apart(besides: Vec<Beside>, data_dir: &Path) -> Result<Vec<Beside>> {
+    let resolved = |path: &Path| {
+        let parent = || Some(std::fs::canonicalize(path.parent()?).ok()?.join(path.file_name()?));
+        std::fs::canonicalize(path).ok().or_else(parent).unwrap_or_else(|| path.to_owned())
+    };
+    let besides = Beside::check(besides)?;
+    let data_dir = resolved(data_dir);
+    for beside in &besides {
+        let there = Beside { name: beside.name.clone(), path: resolved(&beside.path) };
+        if there.overlaps(&data_dir) {
+            let (path, data_dir) = (beside.path.display(), data_dir.display());
+            return Err(Error::usage(format!(
+                "--with {}: {path} and the data directory {data_dir} lie one in the other",
+                beside.name
+            )));
+        }
+    }
+    Ok(besides)
 }
 
 pub fn codec(args: &CodecArgs) -> Result<Codec> {
@@ -142,7 +184,8 @@ pub fn callback(global: &Global, location: &Location, verb: &str) -> Result<Vec<
         words.push(format!("--config={}", config.display()));
     }
     if let Some(identity) = &global.identity {
-        let identity = std::fs::canonicalize(identity).on("resolve", identity)?;
+        // Not where links lead now: a secret that is renewed is another file.
+        let identity = std::path::absolute(identity).on("resolve", identity)?;
         words.push(format!("--identity={}", identity.display()));
     }
     Ok(words)

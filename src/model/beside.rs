@@ -38,6 +38,11 @@ pub struct Beside {
 }
 
 impl Beside {
+    /// Whether it lies in a directory, or that in it. Both paths are taken as they are.
+    pub fn overlaps(&self, directory: &Path) -> bool {
+        self.path.starts_with(directory) || directory.starts_with(&self.path)
+    }
+
     /// Each name once, and no directory inside another.
     pub fn check(all: Vec<Beside>) -> Result<Vec<Beside>, Malformed> {
         for (place, one) in all.iter().enumerate() {

@@ -14,6 +14,9 @@ use crate::storage::{Body, Created};
 
 const FORMAT: &str = "perennial/beside/1";
 
+/// Marks a directory that has not been put back whole.
+pub const UNFINISHED: &str = ".perennial-restoring";
+
 /// Heads read at once.
 const PARALLEL: usize = 16;
 

@@ -26,13 +26,15 @@ mod writer;
 
 use std::sync::Arc;
 
+use futures::TryStreamExt;
+
 use crate::clock::Clock;
 use crate::error::{Error, Result};
-use crate::storage::{Body, Created, Store, probe, read_small};
+use crate::storage::{Body, Created, Entry, Store, probe, read_small};
 
 use vault::{Encryption, Key};
 
-pub use beside::BesideHead;
+pub use beside::{BesideHead, UNFINISHED};
 pub use codec::Codec;
 pub use descriptor::Descriptor;
 pub use drill::DrillRecord;
@@ -73,7 +75,13 @@ impl Repository {
         }
         let mut level = store.list_level("").await?;
         // What an init that was cut off leaves does not stand in the way of the next.
-        level.directories.retain(|directory| directory != layout::PROBES && directory != layout::KEYS);
+        level.directories.retain(|directory| directory != layout::PROBES);
+        if level.directories.iter().any(|directory| directory == layout::KEYS) {
+            let keys: Vec<Entry> = store.list(layout::KEYS, None).try_collect().await?;
+            if keys.iter().all(|entry| layout::parse_wrapped_key(&entry.key).is_some()) {
+                level.directories.retain(|directory| directory != layout::KEYS);
+            }
+        }
         level.entries.retain(|entry| entry.key != layout::PROBES);
         if level.directories.is_empty() && level.entries.is_empty() {
             return Ok(Found::Empty);
@@ -118,10 +126,7 @@ impl Repository {
     ) -> Result<(Repository, Created)> {
         let encrypted = !recipients.is_empty();
         if let Found::Repository(repository) = Repository::find(Arc::clone(&store), clock).await? {
-            if encrypted && repository.descriptor.encryption.is_none() {
-                return Err(Error::refused(format!("{} is there already, and not encrypted", repository.address()))
-                    .hint("choose another prefix for an encrypted repository; what is stored in the clear stays so"));
-            }
+            repository.check_encrypted(recipients)?;
             return Ok((repository, Created::AlreadyThere));
         }
         probe(&*store, layout::PROBES, clock).await?;
@@ -139,8 +144,21 @@ impl Repository {
         let created = store.create(layout::DESCRIPTOR, &Body::from(descriptor.to_bytes()?)).await?;
         match created {
             Created::Now => Ok((Repository { store, descriptor, clock: clock.clone() }, created)),
-            Created::AlreadyThere => Ok((Repository::open(store, clock).await?, created)),
+            Created::AlreadyThere => {
+                let repository = Repository::open(store, clock).await?;
+                repository.check_encrypted(recipients)?;
+                Ok((repository, created))
+            }
         }
+    }
+
+    /// Whoever asks for an encrypted repository must not get another.
+    pub fn check_encrypted(&self, recipients: &[Recipient]) -> Result<()> {
+        if recipients.is_empty() || self.descriptor.encryption.is_some() {
+            return Ok(());
+        }
+        Err(Error::refused(format!("{} is there already, and not encrypted", self.address()))
+            .hint("choose another prefix for an encrypted repository; what is stored in the clear stays so"))
     }
 
     pub fn store(&self) -> &dyn Store {

@@ -1,33 +1,29 @@
 //! Directories beside the database come back with it: from the newest snapshot that is not ahead of the state the database
 //! is restored to.
 
-use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use super::fetch::{self, Contents};
-use super::layout::{self, inside, set_mode};
+use super::layout::{inside, set_mode, sync_filesystem};
 use super::plan::{Choice, Reachable};
 use super::target::Target;
 use crate::disk;
-use crate::error::{Error, IoContext, Result};
+use crate::error::{Error, IoContext, Kind, Result};
 use crate::events::Events;
 use crate::model::{Beside, Generation, Lsn, Timestamp, human_bytes};
 use crate::postgres::is_vacant;
 use crate::repository::log::Position;
-use crate::repository::{BesideHead, Lineage, Repository, WalIndex};
+use crate::repository::{BesideHead, Lineage, Repository, UNFINISHED, WalIndex};
 use crate::wal::History;
-
-/// Marks a directory that has not been put back whole.
-const UNFINISHED: &str = ".perennial-restoring";
 
 /// The state of the database, as far as it is known before it is there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Point {
     /// It has everything up to here.
     pub lsn: Lsn,
-    /// And every commit until then.
-    pub time: Option<Timestamp>,
+    /// And every commit until then, by the clock of the generation whose backup it starts from.
+    pub time: Option<(Generation, Timestamp)>,
 }
 
 impl Point {
@@ -51,11 +47,13 @@ impl Point {
             Target::Time(time) => Some(time.earlier_by(Duration::from_micros(1))),
             _ => None,
         };
+        let time = time.map(|time| (choice.backup.generation, time));
         Point { lsn: lsn.max(choice.backup.stop_lsn), time }
     }
 
     fn is_behind(&self, head: &BesideHead) -> bool {
-        let in_time = self.time.is_some_and(|time| head.taken_at <= time);
+        // Clocks of two machines say nothing of each other.
+        let in_time = self.time.is_some_and(|(by, time)| head.generation == by && head.taken_at <= time);
         head.lsn > self.lsn && !in_time
     }
 }
@@ -78,10 +76,11 @@ impl Way<'_> {
     }
 }
 
-/// The newest snapshot that lies on the way and is not ahead of the point. Pure.
-pub fn choose<'a>(snapshots: &'a [BesideHead], way: &Way<'_>, point: Point) -> Option<&'a BesideHead> {
-    let usable = snapshots.iter().filter(|head| way.passes(head) && !point.is_behind(head));
-    usable.max_by_key(|head| (head.lsn, head.taken_at))
+/// The snapshots that lie on the way and are not ahead of the point, newest first. Pure.
+pub fn usable<'a>(snapshots: &'a [BesideHead], way: &Way<'_>, point: Point) -> Vec<&'a BesideHead> {
+    let mut usable: Vec<_> = snapshots.iter().filter(|head| way.passes(head) && !point.is_behind(head)).collect();
+    usable.sort_by_key(|head| std::cmp::Reverse((head.lsn, head.taken_at)));
+    usable
 }
 
 /// Puts all of `besides` back, as of the point at the most.
@@ -96,15 +95,24 @@ pub async fn restore(
     for beside in besides {
         let (snapshots, damaged) = repository.besides(Some(&beside.name)).await?;
         damaged.iter().for_each(|error| events.warning(format!("a snapshot cannot be used: {error}")));
-        match choose(&snapshots, &way, point) {
-            None if snapshots.is_empty() => events.info(format!("there is no snapshot of '{}' yet", beside.name)),
-            Some(head) => put_back(repository, beside, head, point, events).await?,
-            None => events.warning(format!(
-                "there is no snapshot of '{}' that is not ahead of {}: {} is left as it is",
-                beside.name,
-                point.lsn,
-                beside.path.display()
-            )),
+        let usable = usable(&snapshots, &way, point);
+        if usable.is_empty() {
+            let what =
+                if snapshots.is_empty() { "yet".to_owned() } else { format!("that is not ahead of {}", point.lsn) };
+            let path = beside.path.display();
+            events.warning(format!("there is no snapshot of '{}' {what}: {path} is left as it is", beside.name));
+        }
+        // Damage of what lies beside it must not keep the database down.
+        for head in usable {
+            match put_back(repository, beside, head, point, events).await {
+                Err(error) if error.kind() == Kind::Damaged => {
+                    events.alarm(format!("'{}' as of {} cannot be put back: {error}", beside.name, head.lsn));
+                }
+                done => {
+                    done?;
+                    break;
+                }
+            }
         }
     }
     Ok(())
@@ -144,18 +152,17 @@ async fn put_back(
     point: Point,
     events: &Events,
 ) -> Result<()> {
+    // A link to another disk stays one.
+    let path = std::fs::canonicalize(&beside.path).unwrap_or_else(|_| beside.path.clone());
+    let beside = &Beside { name: beside.name.clone(), path };
     let unfinished = beside.path.join(UNFINISHED);
-    if !unfinished.exists() && !is_vacant(&beside.path)? {
+    if !is_vacant(&beside.path)? {
+        // Whoever started the application in a directory that was not put back whole may have data in it, too.
         let aside = set_aside(repository, &beside.path)?;
-        events.warning(format!(
-            "{} may be ahead of the database: it is now {}",
-            beside.path.display(),
-            aside.display()
-        ));
+        events.warning(format!("{} is set aside: it is now {}", beside.path.display(), aside.display()));
     }
     disk::create_dir(&beside.path, 0o700)?;
     disk::durable_write(&unfinished, b"", 0o600)?;
-    layout::empty(&beside.path, Some(UNFINISHED))?;
     let contents = Contents::read_beside(repository, head).await?;
     for directory in &contents.directories {
         disk::create_dir(&inside(&beside.path, &directory.path)?, 0o700)?;
@@ -172,7 +179,7 @@ async fn put_back(
     for directory in contents.directories.iter().rev() {
         set_mode(&inside(&beside.path, &directory.path)?, directory.mode)?;
     }
-    layout::sync_filesystem(&beside.path)?;
+    sync_filesystem(&beside.path)?;
     disk::remove_if_there(&unfinished)?;
     disk::sync_dir(&beside.path)?;
     let mixed = match head.changing {
@@ -195,7 +202,7 @@ async fn put_back(
 /// Nothing is deleted that may be all there is.
 fn set_aside(repository: &Repository, path: &Path) -> Result<PathBuf> {
     let mut name = path.file_name().unwrap_or_default().to_os_string();
-    name.push(format!(".replaced-{}", repository.clock().now().unix_micros() / 1_000_000));
+    name.push(format!(".replaced-{}", repository.clock().now().unix_micros()));
     let aside = path.with_file_name(name);
     disk::durable_rename(path, &aside).map_err(|e: Error| {
         e.hint("move away what is in it yourself (a mount point cannot be renamed), then start again")
@@ -203,8 +210,10 @@ fn set_aside(repository: &Repository, path: &Path) -> Result<PathBuf> {
     Ok(aside)
 }
 
+/// By path: a file that nobody may write to has a time, too.
 fn set_time(path: &Path, seconds: i64) -> Result<()> {
-    let time = SystemTime::UNIX_EPOCH.checked_add(Duration::from_secs(seconds.max(0).unsigned_abs()));
-    let Some(time) = time else { return Ok(()) };
-    File::options().write(true).open(path).and_then(|file| file.set_modified(time)).on("set the time of", path)
+    let time = rustix::fs::Timespec { tv_sec: seconds, tv_nsec: 0 };
+    let times = rustix::fs::Timestamps { last_access: time, last_modification: time };
+    rustix::fs::utimensat(rustix::fs::CWD, path, &times, rustix::fs::AtFlags::SYMLINK_NOFOLLOW)
+        .on("set the time of", path)
 }

@@ -3,7 +3,7 @@
 
 use std::collections::HashSet;
 use std::fs::{File, OpenOptions};
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use futures::StreamExt;
@@ -37,7 +37,15 @@ pub fn clear(data_dir: &Path, contents: &Contents, tablespaces: &Tablespaces, bu
     let directories: HashSet<&str> = contents.directories.iter().map(|directory| directory.path.as_str()).collect();
     let keep = Keep { files, directories, but };
     keep.only(data_dir, "")?;
-    tablespaces.links.iter().try_for_each(|(oid, root)| keep.only(root, &format!("pg_tblspc/{oid}/")))
+    for (oid, root) in &tablespaces.links {
+        // Other majors keep theirs in directories beside ours.
+        for directory in contents.directories.iter().filter_map(|d| d.path.strip_prefix(&format!("pg_tblspc/{oid}/"))) {
+            if !directory.contains('/') {
+                keep.only(&root.join(directory), &format!("pg_tblspc/{oid}/{directory}/"))?;
+            }
+        }
+    }
+    Ok(())
 }
 
 struct Keep<'a> {
@@ -98,8 +106,16 @@ fn look_at(path: &PathBuf, regions: &[Region], size: u64) -> Result<Vec<bool>> {
     let open = OpenOptions::new().read(true).write(true).custom_flags(nix::libc::O_NOFOLLOW).open(path);
     let file = match open {
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        // One that its owner must not write to is made anew.
+        Err(e) if e.kind() == std::io::ErrorKind::PermissionDenied => {
+            return std::fs::remove_file(path).on("remove", path).map(|()| Vec::new());
+        }
         file => file.on("open", path)?,
     };
+    // Another name of the same file is not ours to change: that of a copy made of links, or of a server before its upgrade.
+    if file.metadata().on("stat", path)?.nlink() > 1 {
+        return std::fs::remove_file(path).on("remove", path).map(|()| Vec::new());
+    }
     if file.metadata().on("stat", path)?.len() != size {
         file.set_len(size).on("set the size of", path)?;
     }

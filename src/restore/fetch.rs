@@ -173,8 +173,10 @@ async fn write_to(
     events: &Events,
 ) -> Result<()> {
     for (number, (file, (path, mode))) in contents.files.iter().zip(&paths).enumerate() {
-        if (0..file.regions.len()).all(|region| have.has(number, region)) {
+        if file.regions.is_empty() {
             open(path, *mode)?;
+        } else if (0..file.regions.len()).all(|region| have.has(number, region)) {
+            set_mode(path, *mode)?;
         }
     }
     let total: u64 = contents.files.iter().map(|file| file.size).sum();
@@ -192,8 +194,14 @@ async fn write_to(
     while let Some(done) = work.next().await {
         done?;
     }
-    Ok(())
+    drop(work);
+    // What its owner must not write to could not be filled with that mode.
+    let read_only = paths.iter().filter(|(_, mode)| mode & WRITABLE == 0);
+    read_only.into_iter().try_for_each(|(path, mode)| set_mode(path, *mode))
 }
+
+/// The owner may write.
+const WRITABLE: u32 = 0o200;
 
 fn place_of(data_dir: &Path, path: &str) -> Result<PathBuf> {
     if path == CONTROL_FILE { Ok(control_file_aside(data_dir)) } else { inside(data_dir, path) }
@@ -345,6 +353,7 @@ fn write(into: &Into, piece: &Piece, file: &File, at: usize, bytes: &[u8]) -> Re
 }
 
 fn open(path: &Path, mode: u32) -> Result<File> {
+    let mode = mode | WRITABLE;
     let file = OpenOptions::new().write(true).create(true).truncate(false).mode(mode).open(path).on("create", path)?;
     set_mode(path, mode)?;
     Ok(file)

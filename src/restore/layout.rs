@@ -1,6 +1,6 @@
 //! The skeleton of a restored directory: directories, tablespace links, and making it all durable.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
@@ -21,12 +21,14 @@ pub fn control_file_aside(data_dir: &Path) -> PathBuf {
 pub struct Tablespaces {
     /// oid → directory, for those that are links.
     pub links: BTreeMap<u32, PathBuf>,
+    /// Those whose place the operator has named.
+    named: BTreeSet<u32>,
 }
 
 impl Tablespaces {
     /// Applies the operator's map, whose keys are oids or former locations; one that fits nothing is an error.
     pub fn map(backup: &BackupHead, map: &BTreeMap<String, PathBuf>) -> Result<Tablespaces> {
-        let mut links = BTreeMap::new();
+        let (mut links, mut named) = (BTreeMap::new(), BTreeSet::new());
         let mut used = Vec::new();
         for tablespace in &backup.tablespaces {
             let Some(location) = &tablespace.location else { continue };
@@ -34,6 +36,7 @@ impl Tablespaces {
             let mapped = keys.iter().find_map(|key| map.get_key_value(key));
             if let Some((key, _)) = mapped {
                 used.push(key.clone());
+                named.insert(tablespace.oid);
             }
             let target = mapped.map_or_else(|| PathBuf::from(location), |(_, target)| target.clone());
             if !target.is_absolute() {
@@ -53,20 +56,28 @@ impl Tablespaces {
                 .collect();
             return Err(Error::usage(format!("the backup has no tablespace '{unused}'; it has: {}", known.join(", "))));
         }
-        Ok(Tablespaces { links })
+        Ok(Tablespaces { links, named })
     }
 
     /// A tablespace directory must be new or empty. Overwriting a data directory allows to overwrite those that it
     /// links to itself, and no others: they may be a living server's.
-    pub fn check(&self, data_dir: &Path, overwrite: Overwrite) -> Result<()> {
+    ///
+    /// A copy of a data directory has the links of the original: what is overwritten in place must be named. A restore that
+    /// was cut off has made the links itself.
+    pub fn check(&self, data_dir: &Path, overwrite: Overwrite, unfinished: bool) -> Result<()> {
         for (oid, directory) in &self.links {
-            let own = overwrite != Overwrite::Never && is_linked_from(data_dir, directory)?;
+            let may_be_own = match overwrite {
+                Overwrite::Empty => true,
+                Overwrite::Differences => self.named.contains(oid),
+                Overwrite::Never => unfinished,
+            };
+            let own = may_be_own && is_linked_from(data_dir, directory)?;
             if !own && !is_vacant(directory)? && !holds_only_an_unfinished_restore(directory)? {
                 return Err(Error::refused(format!(
                     "the directory of tablespace {oid}, {}, is not empty",
                     directory.display()
                 ))
-                .hint(format!("send it elsewhere: perennial restore --tablespace {oid}=/new/directory")));
+                .hint(format!("send it elsewhere: perennial restore --tablespace {oid}=/new/directory (with --delta the same directory, if no other server uses it)")));
             }
         }
         Ok(())
@@ -84,8 +95,13 @@ impl Tablespaces {
         })
     }
 
-    pub fn empty(&self) -> Result<()> {
-        self.roots().try_for_each(|directory| empty(directory, Some(UNFINISHED)))
+    /// Empties them, but for what another major version of PostgreSQL has there.
+    pub fn empty(&self, major: u32) -> Result<()> {
+        let ours = format!("PG_{major}_");
+        for directory in self.roots() {
+            empty_but(directory, |name| name == UNFINISHED || (name.starts_with("PG_") && !name.starts_with(&ours)))?;
+        }
+        Ok(())
     }
 
     pub fn unmark(&self) -> Result<()> {
@@ -127,11 +143,15 @@ fn holds_only_an_unfinished_restore(directory: &Path) -> Result<bool> {
 
 /// Deletes what is in a directory, but for one name; links are removed, never followed.
 pub fn empty(directory: &Path, but: Option<&str>) -> Result<()> {
+    empty_but(directory, |name| but == Some(name))
+}
+
+fn empty_but(directory: &Path, stays: impl Fn(&str) -> bool) -> Result<()> {
     for entry in std::fs::read_dir(directory).on("list directory", directory)? {
         let entry = entry.on("list directory", directory)?;
         let path = entry.path();
         let name = entry.file_name();
-        if but.is_some_and(|but| name == but) || name == "lost+found" {
+        if name.to_str().is_some_and(&stays) || name == "lost+found" {
             continue;
         }
         if entry.file_type().on("stat", &path)?.is_dir() {

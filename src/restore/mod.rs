@@ -94,7 +94,7 @@ pub async fn run(repository: &Repository, options: &Options, events: &Events) ->
 
     let mut contents = fetch::Contents::read(repository, backup.backup_id).await?;
     let tablespaces = layout::Tablespaces::map(&backup, &options.tablespace_map)?;
-    tablespaces.check(&options.data_dir, options.overwrite)?;
+    tablespaces.check(&options.data_dir, options.overwrite, unfinished)?;
     let delta = unfinished || options.overwrite == Overwrite::Differences;
     if options.overwrite == Overwrite::Differences && !unfinished {
         same_cluster(&options.data_dir, &backup)?;
@@ -104,7 +104,7 @@ pub async fn run(repository: &Repository, options: &Options, events: &Events) ->
         true => delta::clear(&options.data_dir, &contents, &tablespaces, &[RESTORE_MARKER, layout::UNFINISHED])?,
         false => {
             layout::empty(&options.data_dir, Some(RESTORE_MARKER))?;
-            tablespaces.empty()?;
+            tablespaces.empty(backup.pg_major)?;
         }
     }
     layout::make_directories(&options.data_dir, &contents.directories, &tablespaces)?;
@@ -161,7 +161,8 @@ pub async fn check(repository: &Repository, options: &Options) -> Result<()> {
     if options.overwrite == Overwrite::Differences && !unfinished {
         same_cluster(&options.data_dir, &choice.backup)?;
     }
-    layout::Tablespaces::map(&choice.backup, &options.tablespace_map)?.check(&options.data_dir, options.overwrite)
+    let tablespaces = layout::Tablespaces::map(&choice.backup, &options.tablespace_map)?;
+    tablespaces.check(&options.data_dir, options.overwrite, unfinished)
 }
 
 /// Whether a restore has not finished there.

@@ -207,7 +207,12 @@ async fn packs(
     let reads = needed.map(|(id, of)| async move {
         let mut packs = repository.packs_of(*id).await?;
         for snapshot in &of.beside {
-            packs.extend(repository.packs_of_beside(&snapshot.key).await?);
+            let named = repository.packs_of_beside(&snapshot.key).await;
+            packs.extend(named.map_err(|e| {
+                e.hint(
+                    "nothing is deleted while a snapshot cannot be read: bring it back, or delete that object by hand",
+                )
+            })?);
         }
         Ok::<_, Error>((*id, packs))
     });

@@ -39,7 +39,7 @@ async fn snapshots(
     pusher: &Pusher,
     control: &ControlFile,
     end: Lsn,
-    (besides, at_most): (&[Beside], Duration),
+    (besides, deadline): (&[Beside], Duration),
     events: &Events,
 ) {
     let Pusher { repository, writer, .. } = pusher;
@@ -59,6 +59,8 @@ async fn snapshots(
     if besides.is_empty() {
         return;
     }
+    // Half of what is left: the other half is for the log's end.
+    let at_most = deadline.saturating_sub(repository.clock().monotonic()) / 2;
     let failed = match repository.clock().within(at_most, work).await {
         Some(Ok(())) => return,
         Some(Err(error)) => error.to_string(),

@@ -22,6 +22,7 @@ use std::time::Duration;
 use crate::archive::push::Pusher;
 use crate::archive::resume;
 use crate::clock::Clock;
+use crate::copy::Copy;
 use crate::disk;
 use crate::error::{Error, Result};
 use crate::events::{Event, Events};
@@ -69,6 +70,8 @@ pub struct Options {
     pub backup_every: Duration,
     /// Proofs that the newest state can be restored.
     pub drill: Option<Drills>,
+    /// A second place that is kept current.
+    pub also: Option<Also>,
     /// What is kept of old backups; no rule: everything.
     pub keep: Keep,
     pub prune_grace: Duration,
@@ -88,6 +91,14 @@ pub struct Options {
     pub host: String,
     /// Words of the command with which PostgreSQL calls back: program, `wal fetch`, repository.
     pub fetch_command: Vec<String>,
+}
+
+/// Copies by schedule.
+#[derive(Debug, Clone)]
+pub struct Also {
+    pub copy: Copy,
+    /// From the end of one to the next.
+    pub every: Duration,
 }
 
 /// Drills by schedule.
@@ -166,6 +177,9 @@ async fn take_over(store: Arc<dyn Store>, options: &Options, clock: &Clock, even
     let mut watched = facts::Watched::default();
     while lost < DECISIONS_MAX {
         let (found, facts) = facts::gather(Arc::clone(&store), options, clock, &mut watched).await?;
+        if let Some(repository) = &found {
+            repository.check_encrypted(&options.recipients)?;
+        }
         let decision = boot::decide(&facts);
         if told.as_ref() != Some(&decision) {
             events.emit(Event::Decided { decision: decision.to_string() });

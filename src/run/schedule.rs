@@ -93,6 +93,7 @@ pub(super) async fn follow(
         tokio::select! {
             ended = backups(options, &pusher, begins_anew, (events, board)) => return ended,
             () = drills(options, &pusher, events) => (),
+            () = copies(options, &pusher, events) => (),
             changed = writer.changed() => {
                 if changed.is_err() {
                     return std::future::pending().await;
@@ -100,6 +101,20 @@ pub(super) async fn follow(
                 begins_anew = true;
             }
         }
+    }
+}
+
+/// Keeps a second place current for as long as the server runs. What fails is made up for by the next copy.
+async fn copies(options: &Options, pusher: &Pusher, events: &Events) {
+    let Some(also) = &options.also else { return std::future::pending().await };
+    let clock = pusher.repository.clock();
+    loop {
+        match also.copy.run(clock, events).await {
+            Ok(report) if report.objects > 0 => events.info(format!("copied: {} objects", report.objects)),
+            Ok(_) => (),
+            Err(error) => events.alarm(format!("the second place is not current: {error}")),
+        }
+        clock.sleep(also.every).await;
     }
 }
 

@@ -238,7 +238,7 @@ impl Keeper<'_> {
         streaming.order(Order::Finish);
         let progress = streaming.progress.clone();
         let left = deadline.saturating_sub(self.clock.monotonic()).max(LAST_WORDS);
-        let beside = (&*self.options.beside, left / 2);
+        let beside = (&*self.options.beside, self.clock.monotonic() + left);
         let work = async {
             let log = streaming.task.await.map_err(|e| Error::internal("the stream's task ended").source(e))??;
             ending::release(log, self.pusher, status.success(), beside, self.events).await

@@ -41,6 +41,11 @@ impl Faulty {
         self.lock().extend(faults);
     }
 
+    /// Leaves out the faults that were not met.
+    pub fn forget(&self) {
+        self.lock().clear();
+    }
+
     fn lock(&self) -> std::sync::MutexGuard<'_, VecDeque<Fault>> {
         self.faults.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }

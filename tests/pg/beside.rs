@@ -63,6 +63,8 @@ fn the_index_is_back_beside_the_database_and_not_ahead_of_it() {
     let wiki = Wiki { machine: &first, index: indexes[0].clone() };
     wiki.write(1..=20);
     std::os::unix::fs::symlink("segments/00020", indexes[0].join("newest")).expect("linked");
+    let read_only = std::os::unix::fs::PermissionsExt::from_mode(0o444);
+    std::fs::set_permissions(indexes[0].join("segments/00007"), read_only).expect("set");
     let data_dir = first.data_dir();
     bucket.must(&["backup", "-D", data_dir.to_str().expect("text"), &with(&indexes[0])]);
     wiki.write(21..=30);
@@ -135,10 +137,41 @@ fn an_index_of_the_past_goes_with_a_database_of_the_past_and_old_ones_are_delete
     assert_eq!(restored("two", &["--to-name", "after 2"]).0, numbers(20));
     assert_eq!(restored("now", &[]).0, numbers(30));
 
-    // What is damaged is not put back, and said.
+    // Nothing of the database lies beside it.
+    for inside in [data_dir.join("index"), scratch.path().to_owned(), machine.home.clone()] {
+        bucket.must_fail(&["backup", "-D", data_dir.to_str().expect("text"), &with(&inside)], 2);
+    }
     bucket.must(&["prune", "--keep-last=1", "--prune-grace=0"]);
     assert_eq!(bucket.json(&["list"])["beside"].as_array().expect("a list").len(), 1);
     bucket.must(&["verify", "--full"]);
     assert_eq!(restored("kept", &[]).0, numbers(30));
+
+    // A snapshot that is damaged keeps neither the database nor an older one from coming back.
+    wiki.write(31..=31);
+    bucket.must(&["backup", "-D", data_dir.to_str().expect("text"), &with(&index)]);
+    machine.archived();
+    let newest = bucket.json(&["list"])["beside"].as_array().expect("a list").last().expect("one").clone();
+    let of = bucket.path().join(format!("backups/{}/beside", newest["backup"].as_str().expect("an id")));
+    let object = all_files(&of).pop().expect("an object");
+    let mut content = std::fs::read(&object).expect("read");
+    let end = content.len() - 5;
+    content[end] ^= 1;
+    std::fs::write(&object, content).expect("written");
+    let (to, back) = (scratch.dir("damaged"), scratch.dir("damaged index"));
+    let restore = ["restore", "-D", to.to_str().expect("text"), &with(&back)];
+    let output = bucket.command(&restore).output().expect("runs");
+    assert!(output.status.success() && text(&output).contains("ALARM"), "{}", text(&output));
+    assert_eq!(indexed(&back), numbers(30));
+
+    // One that was not put back whole, and was worked in since, is set aside and not emptied.
+    std::fs::write(back.join(".perennial-restoring"), "").expect("written");
+    std::fs::write(back.join("work"), "of weeks").expect("written");
+    std::fs::remove_dir_all(&to).expect("removed");
+    bucket.must(&restore);
+    let aside = std::fs::read_dir(scratch.path()).expect("listed").filter_map(|entry| {
+        let path = entry.expect("an entry").path();
+        path.file_name()?.to_str()?.starts_with("damaged index.replaced").then_some(path)
+    });
+    assert!(aside.into_iter().any(|path| path.join("work").is_file()));
     assert_eq!(machine.stop(), 0);
 }

@@ -61,13 +61,35 @@ fn a_disk_that_lost_a_little_gets_back_a_little() {
     std::fs::File::options().write(true).open(&side).expect("opened").set_len(100 << 20).expect("grown");
     std::fs::remove_file(data_dir.join("global/pg_filenode.map")).expect("removed");
     std::fs::write(data_dir.join("base/1/123456789"), "nobody's").expect("written");
+    // A file of the cluster has a second name, which is not ours; an older major's files lie beside ours.
+    let safe = scratch.path().join("second name");
+    let other = data_dir.join("base/1/1259");
+    std::fs::hard_link(&other, &safe).expect("linked");
+    std::fs::File::options()
+        .write(true)
+        .open(&other)
+        .expect("opened")
+        .write_all_at(b"damaged", 5000)
+        .expect("overwritten");
+    let damaged = std::fs::read(&safe).expect("read");
+    let older = space.join("PG_9.6_201608131/5");
+    std::fs::create_dir_all(&older).expect("made");
+    std::fs::write(older.join("1"), "the cluster before the upgrade").expect("written");
+    std::fs::set_permissions(data_dir.join("pg_ident.conf"), std::os::unix::fs::PermissionsExt::from_mode(0o400))
+        .expect("set");
 
     let restore = ["restore", "-D", data_dir.to_str().expect("text"), "--delta"];
+    assert!(bucket.must_fail(&restore, 73).contains("tablespace"), "whose tablespace that is, nobody has said");
+    let named = format!("--tablespace={}={}", space.display(), space.display());
+    let restore = [&restore[..], &[&named]].concat();
     let output = bucket.command(&restore).output().expect("runs");
     assert!(output.status.success(), "{}", text(&output));
     let (there, all) = kept(&text(&output));
     assert!(there > all * 0.93, "only {there} of {all} were kept");
     assert!(!data_dir.join("base/1/123456789").exists());
+    assert!(std::fs::read(&safe).expect("read") == damaged && older.join("1").is_file());
+    // pg_verifybackup would take it for a stranger's.
+    std::fs::remove_dir_all(space.join("PG_9.6_201608131")).expect("removed");
     verified(&machine);
     machine.serve(&[]);
     wait_until("it is up", || machine.try_sql("SELECT NOT pg_is_in_recovery()").is_ok_and(|answer| answer == "t"));

@@ -8,6 +8,7 @@ use crate::support::*;
 
 const DENIED: i32 = 77;
 const DAMAGED: i32 = 65;
+const REFUSED: i32 = 73;
 const WORD: &str = "a-word-nobody-may-read";
 
 /// An identity in a file that the server's user can read, and its recipient.
@@ -171,4 +172,47 @@ fn an_object_that_was_moved_or_altered_by_somebody_clever_is_refused() {
         std::fs::write(first, sound).expect("written");
     }
     bucket.must(&["verify", "--full"]);
+}
+
+#[test]
+fn an_encrypted_repository_is_never_mistaken_for_one_in_the_clear_nor_the_other_way_round() {
+    let scratch = Scratch::new();
+    let own = identity(&scratch, "own");
+    let clear = Bucket::directory(&scratch);
+    let encrypted = Bucket { url: format!("file://{}", scratch.dir("encrypted").display()), env: Vec::new() };
+    let encrypted = with(&encrypted, &own);
+    clear.must(&["init", &clear.url]);
+    encrypted.must(&["init", &encrypted.url, "--encrypt"]);
+    // Whoever asks for encryption, or names an identity, does not get a repository in the clear.
+    let nowhere = scratch.dir("nowhere");
+    let run = ["run", "-D", nowhere.to_str().expect("text"), "--init", "--recipient", &own.1];
+    assert!(clear.must_fail(&run, REFUSED).contains("not encrypted"));
+    assert!(with(&clear, &own).must_fail(&["list"], REFUSED).contains("though an identity is named"));
+
+    // A server that archived into the one and is sent to the other by a change of its archive_command.
+    let mut machine = Machine::new(&scratch, "a", &clear);
+    machine.initdb();
+    machine.serve(&["-c", "wal_level=replica"]);
+    machine.sql(&format!("CREATE TABLE secret AS SELECT n, '{WORD}' || n AS word FROM generate_series(1, 20000) n"));
+    let push = |bucket: &Bucket| {
+        let name = machine.sql("SELECT pg_walfile_name(pg_current_wal_insert_lsn())");
+        machine.sql("INSERT INTO secret VALUES (0, 'more')");
+        machine.sql("SELECT pg_switch_wal()");
+        let path = format!("pg_wal/{name}");
+        let output = bucket.command(&["wal", "push", &path]).current_dir(machine.data_dir()).output().expect("runs");
+        assert!(output.status.success(), "{}", text(&output));
+    };
+    push(&clear);
+    push(&encrypted);
+    push(&encrypted);
+    let objects = all_files(&encrypted.path());
+    assert!(objects.len() > 4, "{objects:?}");
+    for object in objects {
+        let content = std::fs::read(&object).expect("read");
+        let name = object.to_str().expect("text");
+        let clear = name.ends_with("perennial.json") || name.contains("/keys/");
+        assert!(clear || !content.windows(9).any(|nine| nine == b"perennial"), "{name} is in the clear");
+    }
+    encrypted.must(&["list"]);
+    machine.kill();
 }

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use crate::support::chance::Chance;
 use crate::support::*;
 
 /// All objects but those of logs, which a server may write at any time.
@@ -128,4 +129,88 @@ fn a_scheduled_prune_follows_the_machines_and_the_next_one_boots() {
     assert_eq!(last.sql("SELECT string_agg(n::text, ',' ORDER BY n) FROM t"), "1,2,3,4,5");
     bucket.must(&["verify", "--full"]);
     assert_eq!(last.stop(), 0);
+}
+
+/// Rounds of the next story; `PERENNIAL_PRUNE_ROUNDS` asks for more, `PERENNIAL_PRUNE_SEED` for others.
+const ROUNDS: u64 = 3;
+
+fn asked(variable: &str, otherwise: u64) -> u64 {
+    std::env::var(variable).map_or(otherwise, |text| text.parse().expect("a number"))
+}
+
+/// Runs commands side by side; each is killed after a while, or left alone.
+fn at_once(bucket: &Bucket, commands: &[Vec<String>], chance: &mut Chance) {
+    let start = |words: &Vec<String>| {
+        let words: Vec<&str> = words.iter().map(String::as_str).collect();
+        let mut command = bucket.command(&words);
+        command.stdout(std::process::Stdio::null()).stderr(std::process::Stdio::null()).spawn().expect("started")
+    };
+    let mut running: Vec<_> = commands.iter().map(start).collect();
+    for child in &mut running {
+        if chance.below(2) == 0 {
+            std::thread::sleep(std::time::Duration::from_millis(chance.below(900)));
+            child.kill().expect("killed");
+        }
+    }
+    for mut child in running {
+        child.wait().expect("ended");
+    }
+}
+
+#[test]
+fn pruning_beside_backups_restores_and_boots_that_are_killed_loses_nothing() {
+    let (rounds, seed) = (asked("PERENNIAL_PRUNE_ROUNDS", ROUNDS), asked("PERENNIAL_PRUNE_SEED", 1));
+    println!("PERENNIAL_PRUNE_SEED={seed} PERENNIAL_PRUNE_ROUNDS={rounds}");
+    let mut chance = Chance(seed);
+    let scratch = Scratch::new();
+    let bucket = Bucket::s3();
+    let mut machine = Machine::new(&scratch, "a", &bucket);
+    machine.start(&["--init", "--rpo=20ms"]).ready().with_backup();
+    let first = backups(&bucket).remove(0);
+    machine.sql("CREATE TABLE t (n int)");
+    let words = |words: &[&str]| words.iter().map(|word| (*word).to_owned()).collect::<Vec<_>>();
+    let data_dir = machine.data_dir().to_str().expect("text").to_owned();
+    // A grace that is longer than any of the commands takes.
+    let prune = ["prune", "--keep-last=2", "--keep-points=20s", "--prune-grace=6s"];
+    let mut points: Vec<(std::time::Instant, String, u64)> = Vec::new();
+    for round in 1..=rounds {
+        machine.sql(&format!("INSERT INTO t VALUES ({round})"));
+        points.push((std::time::Instant::now(), machine.sql("SELECT pg_current_wal_flush_lsn()"), round));
+        machine.sql("CREATE TABLE IF NOT EXISTS filler (text text); INSERT INTO filler SELECT repeat('x', 500) FROM generate_series(1, 2000)");
+        machine.archived();
+        let into = scratch.dir(&format!("restored-{round}"));
+        let restore = ["restore", "-D", into.to_str().expect("text")];
+        at_once(
+            &bucket,
+            &[words(&["backup", "-D", &data_dir]), words(&prune), words(&restore), words(&prune)],
+            &mut chance,
+        );
+        if chance.below(2) == 0 {
+            // The machine dies while somebody prunes, and the next one boots meanwhile.
+            let mut pruning = bucket.command(&prune).spawn().expect("started");
+            machine.vanish();
+            machine.start(&["--rpo=20ms"]).ready();
+            pruning.wait().expect("ended");
+        }
+        bucket.must(&["verify", "--full"]);
+        std::fs::remove_dir_all(into).expect("removed");
+    }
+    bucket.must(&["backup", "-D", &data_dir]);
+    machine.sql("INSERT INTO t VALUES (0)");
+    machine.archived();
+    bucket.must(&prune);
+    let all = (0..=rounds).map(|n| n.to_string()).collect::<Vec<_>>().join(",");
+    assert_eq!(restored(&scratch, "newest", &bucket, &[]), all);
+    // The very first one is older than the table.
+    for id in backups(&bucket).into_iter().filter(|id| *id != first) {
+        restored(&scratch, &id, &bucket, &["--backup", &id, "--immediate"]);
+    }
+    // Every promised point: younger than it was promised for, with time to restore it.
+    for (at, lsn, round) in points {
+        if at.elapsed() < std::time::Duration::from_secs(12) {
+            let rows = restored(&scratch, &format!("point-{round}"), &bucket, &["--to-lsn", &lsn]);
+            assert!(rows.ends_with(&round.to_string()), "{rows}");
+        }
+    }
+    assert_eq!(machine.stop(), 0);
 }

@@ -17,7 +17,7 @@ pub fn run(setup: &Setup, mut args: args::Agent) -> Result<i32> {
         let store = setup.store(&location, Policy::default())?;
         let on_fenced = args.on_fenced.or_else(|| setup.config.on_fenced.clone());
         let fetch_command = callback(&setup.global, &location, "fetch")?;
-        let options = crate::run::Options { fetch_command, ..run::options(setup, args.keep, data_dir)? };
+        let options = crate::run::Options { fetch_command, ..run::options(setup, args.keep, data_dir, &location)? };
         let agent = Agent { options, on_fenced };
         agent::run(store, &agent, &setup.clock, &setup.events).await
     })

@@ -26,6 +26,7 @@ pub fn run(setup: &Setup, args: args::Backup) -> Result<i32> {
             ensure_writer(store.clone(), &data_dir, None, &environment::host_name(), &setup.clock, &setup.events)
                 .await?;
         let options = backup::Options {
+            beside: setup.besides(args.beside, &data_dir)?,
             data_dir,
             connect: environment::connection(),
             generation: writer.claim.generation,
@@ -33,7 +34,6 @@ pub fn run(setup: &Setup, args: args::Backup) -> Result<i32> {
             fail_on_damage: args.fail_on_damage,
             full: args.full,
             wal_timeout: args.wal_timeout,
-            beside: setup.besides(args.beside)?,
         };
         let repository = Repository::open(store, &setup.clock).await?;
         if repository.descriptor().repository_id != writer.descriptor.repository_id {

@@ -2,6 +2,7 @@
 
 mod agent;
 mod backup;
+mod copy;
 mod demo;
 mod drill;
 mod init;
@@ -40,6 +41,7 @@ pub fn dispatch(args: Args) -> Result<i32> {
         Command::Status(args) => wide(status::run(&setup, args)),
         Command::Prune(args) => wide(prune::run(&setup, args)),
         Command::Drill(args) => drill::run(&setup, args),
+        Command::Copy(args) => wide(copy::run(&setup, args)),
         Command::Key(args) => wide(key::run(&setup, args)),
         Command::Pin(args) => wide(prune::pin(&setup, args)),
         Command::Unpin(args) => wide(prune::unpin(&setup, args)),

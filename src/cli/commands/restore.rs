@@ -4,10 +4,9 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use crate::cli::args::{self, ActionArg, TargetArgs};
-use crate::cli::setup::{Setup, callback};
+use crate::cli::setup::{Setup, apart, callback};
 use crate::cli::{identity, output};
 use crate::error::{Error, Result};
-use crate::model::Beside;
 use crate::restore::{self, Action, Overwrite, Target};
 
 use super::wide;
@@ -20,7 +19,6 @@ pub fn run(setup: &Setup, args: args::Restore) -> Result<i32> {
     wide(async {
         let location = setup.location(None)?;
         let options = restore::Options {
-            data_dir,
             backup: args.backup,
             target: target(args.target),
             inclusive: !args.exclusive,
@@ -41,7 +39,8 @@ pub fn run(setup: &Setup, args: args::Restore) -> Result<i32> {
             fetch_command: callback(&setup.global, &location, "fetch")?,
             writer: None,
             // Only what is asked for: the configuration file is for the machine that is the database.
-            beside: Beside::check(args.beside)?,
+            beside: apart(args.beside, &data_dir)?,
+            data_dir,
         };
         let repository = setup.repository().await?;
         let choice = match args.dry_run {

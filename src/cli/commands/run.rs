@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use crate::cli::setup::{Setup, callback, codec};
 use crate::cli::{args, environment, identity, memory};
+use crate::copy::Copy;
 use crate::error::{Error, Result};
 use crate::postgres::ConnectOptions;
 use crate::repository::Codec;
@@ -21,6 +22,7 @@ const HEARTBEAT: Duration = Duration::from_secs(30);
 const GRACE: Duration = Duration::from_secs(25);
 const TAKEOVER_AFTER: Duration = Duration::from_secs(60);
 const BUCKET_LOSS: Duration = Duration::from_secs(10);
+const ALSO_EVERY: Duration = Duration::from_secs(300);
 const BACKUP_EVERY: Duration = Duration::from_secs(86_400);
 
 pub fn run(setup: &Setup, mut args: args::Run) -> Result<i32> {
@@ -48,19 +50,25 @@ pub fn run(setup: &Setup, mut args: args::Run) -> Result<i32> {
             // Always the server we started, wherever its sockets are.
             connect: ConnectOptions { host: None, port: None, ..environment::connection() },
             fetch_command: callback(&setup.global, &location, "fetch")?,
-            ..options(setup, args.keep, data_dir)?
+            ..options(setup, args.keep, data_dir, &location)?
         };
         run::run(store, &options, &setup.clock, &setup.events).await
     })
 }
 
 /// What `run` and `agent` have in common; the rest is as for a server that something else runs.
-pub(super) fn options(setup: &Setup, mut keep: args::Keep, data_dir: PathBuf) -> Result<run::Options> {
+pub(super) fn options(
+    setup: &Setup,
+    mut keep: args::Keep,
+    data_dir: PathBuf,
+    location: &Location,
+) -> Result<run::Options> {
     let config = &setup.config;
     let (keep_backups, prune_grace) = super::prune::rules(setup, &keep.retention)?;
     Ok(run::Options {
         drill: drills(setup, &mut keep)?,
-        beside: setup.besides(std::mem::take(&mut keep.beside))?,
+        also: also(setup, &mut keep, location)?,
+        beside: setup.besides(std::mem::take(&mut keep.beside), &data_dir)?,
         keep: keep_backups,
         prune_grace,
         data_dir,
@@ -96,6 +104,16 @@ pub(super) fn options(setup: &Setup, mut keep: args::Keep, data_dir: PathBuf) ->
         host: environment::host_name(),
         fetch_command: Vec::new(),
     })
+}
+
+fn also(setup: &Setup, keep: &mut args::Keep, from: &Location) -> Result<Option<run::Also>> {
+    let every = duration(setup, keep.also_every, setup.config.also_every.as_ref(), ALSO_EVERY)?;
+    let to = match (keep.also_to.take(), &setup.config.also_to) {
+        (Some(to), _) => to,
+        (None, Some(text)) => text.parse()?,
+        (None, None) => return Ok(None),
+    };
+    Ok(Some(run::Also { copy: Copy { from: setup.bare_store(from)?, to: setup.second_store(&to)? }, every }))
 }
 
 fn drills(setup: &Setup, keep: &mut args::Keep) -> Result<Option<run::Drills>> {

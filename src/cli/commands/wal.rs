@@ -28,7 +28,9 @@ const FETCH_PATIENCE: Duration = Duration::from_secs(300);
 pub async fn push(setup: &Setup, args: args::WalPush) -> Result<i32> {
     end_with_parent()?;
     let data_dir = data_dir_of(&args.path)?;
-    let vault = setup.vault(&setup.location(None)?, Policy::default(), known(&data_dir)?)?;
+    let location = setup.location(None)?;
+    let address = setup.bare_store(&location)?.url("");
+    let vault = setup.vault(&location, Policy::default(), known(&data_dir, address.trim_end_matches('/'))?)?;
     let store: Arc<dyn Store> = Arc::new(vault.clone());
     let timeline = match name_of(&args.path)? {
         WalFileName::Segment(name) => Some(name.timeline),
@@ -45,9 +47,11 @@ pub async fn push(setup: &Setup, args: args::WalPush) -> Result<i32> {
 }
 
 /// What the directory knows of its repository, so that a push need not ask whether it is encrypted, nor for its key.
-fn known(data_dir: &Path) -> Result<Option<Known>> {
+fn known(data_dir: &Path, address: &str) -> Result<Option<Known>> {
     let own_dir = data_dir.join(OWN_DIR);
-    let Some(writer) = Writer::load(&own_dir)? else { return Ok(None) };
+    let noted = Writer::load(&own_dir)?;
+    // The note of another repository says nothing of this one.
+    let Some(writer) = noted.filter(|writer| writer.address == address) else { return Ok(None) };
     Ok(Some(Known { encryption: writer.descriptor.encryption, wrapped: disk::read_if_there(&own_dir.join(KEY_NOTE))? }))
 }
 

@@ -86,8 +86,12 @@ impl Repository {
             .try_for_each(|()| std::future::ready(Ok(())))
             .await?;
         let level = self.store.list_level(&layout::collected_dir(generation)).await?;
-        let older = level.entries.iter().filter_map(|entry| layout::parse_collected(&entry.key));
-        for (_, number) in older.filter(|(_, number)| *number < bound.number) {
+        let numbers = level.entries.iter().filter_map(|entry| layout::parse_collected(&entry.key));
+        let mut older: Vec<u64> = numbers.map(|(_, number)| number).filter(|number| *number < bound.number).collect();
+        older.sort_unstable();
+        // The last one stays: a listing of a directory on a disk may miss both a file that comes and one that goes.
+        older.pop();
+        for number in older {
             self.store.delete(&layout::collected(generation, number)).await?;
         }
         Ok(())

@@ -94,7 +94,11 @@ impl Repository {
         if self.log_bound_number(generation).await? > free {
             return Err(self.missing(&layout::log_entry(generation, free)).retryable());
         }
-        self.check_hole(generation, free, &beyond).await?;
+        if let Err(error) = self.check_hole(generation, free, &beyond).await {
+            // A listing of several pages is not of one moment: the hole may have been filled since.
+            let filled = self.store.read(&layout::log_entry(generation, free), 0..1).await?.is_some();
+            return Err(if filled { error.retryable() } else { error });
+        }
         let from = free.saturating_sub(WINDOW).max(bound.number);
         let heads: Vec<EntryHead> = futures::stream::iter(from..free)
             .map(|number| self.entry_head(generation, number))

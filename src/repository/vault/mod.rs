@@ -104,7 +104,7 @@ impl Vault {
             },
         };
         let state = match known.encryption {
-            None => State::Clear,
+            None => self.in_the_clear()?,
             Some(encryption) => self.unlock(&encryption, known.wrapped).await?,
         };
         *self.state.lock().unwrap_or_else(PoisonError::into_inner) = state.clone();
@@ -118,7 +118,17 @@ impl Vault {
     fn learn(&self, name: &str, chunk: Option<&Chunk>) {
         let Some(chunk) = chunk.filter(|_| name == layout::DESCRIPTOR) else { return };
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        if let (State::Unknown(None), Ok(descriptor)) = (&*state, Descriptor::parse(&chunk.bytes, name)) {
+        let Ok(descriptor) = Descriptor::parse(&chunk.bytes, name) else { return };
+        let key_id = |encryption: &Option<Encryption>| encryption.as_ref().map(|encryption| encryption.key_id);
+        let agrees = match &*state {
+            State::Unknown(known) => {
+                known.as_ref().is_some_and(|known| key_id(&known.encryption) == key_id(&descriptor.encryption))
+            }
+            State::Clear => descriptor.encryption.is_none(),
+            State::Open { key, .. } => key.id().ok() == key_id(&descriptor.encryption),
+        };
+        // What was thought of it may have been of another repository at this address.
+        if !agrees {
             *state = State::Unknown(Some(Known { encryption: descriptor.encryption, wrapped: None }));
         }
     }
@@ -129,6 +139,15 @@ impl Vault {
             State::Open { wrapped, .. } => Some(wrapped),
             _ => None,
         }
+    }
+
+    /// Whoever names an identity expects to be alone with the repository: one in the clear may have been put in its place.
+    fn in_the_clear(&self) -> Result<State> {
+        if (self.identities)()?.is_some() {
+            return Err(Error::refused(format!("{} is not encrypted, though an identity is named", self.inner.url("")))
+                .hint("if that is meant, name none (--identity, PERENNIAL_IDENTITY…); otherwise somebody has replaced the repository"));
+        }
+        Ok(State::Clear)
     }
 
     async fn unlock(&self, encryption: &Encryption, noted: Option<Vec<u8>>) -> Result<State> {
@@ -185,9 +204,16 @@ impl Vault {
     pub async fn rotate(&self, key: &Key, recipients: &[Recipient]) -> Result<String> {
         let (id, wrapped) = (key.id()?, Body::from(key.wrap(recipients)?));
         let older = self.wrappings(id).await?;
-        let name = layout::wrapped_key(id, older.last().map_or(1, |last| last + 1));
+        let number = older.last().map_or(1, |last| last + 1);
+        let name = layout::wrapped_key(id, number);
         if self.inner.create(&name, &wrapped).await? == Created::AlreadyThere {
             return Err(Error::refused(format!("{} is there already: somebody else rotates", self.inner.url(&name)))
+                .hint("look who it was, and run the command again"));
+        }
+        // A number that was deleted meanwhile can be made again: only the highest one counts.
+        if self.wrappings(id).await?.last() != Some(&number) {
+            self.inner.delete(&name).await?;
+            return Err(Error::refused("somebody else has rotated the key at the same moment")
                 .hint("look who it was, and run the command again"));
         }
         for number in older {

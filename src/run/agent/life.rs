@@ -147,6 +147,7 @@ impl Life<'_> {
     /// Stops writing: what was received is brought in; commits do not wait for us any more; and the log of a server that
     /// has ended is ended too.
     async fn leave(&self, streaming: Streaming) {
+        let deadline = self.clock.monotonic() + self.options.grace;
         streaming.order(Order::Hurry);
         let alive = !self.has_ended_with_us().await;
         if alive {
@@ -154,13 +155,16 @@ impl Life<'_> {
         }
         streaming.order(if alive { Order::Leave } else { Order::Finish });
         let durable = || -> Lsn { streaming.progress.borrow().durable };
-        let outcome = self.clock.within(self.options.grace, streaming.task).await;
+        let left = || deadline.saturating_sub(self.clock.monotonic());
+        let outcome = self.clock.within(left(), streaming.task).await;
         let error = match outcome {
             Some(Ok(Ok(log))) if !alive => {
-                let beside = (&*self.options.beside, self.options.grace / 2);
-                match ending::release(log, &self.joined.pusher, true, beside, self.events).await {
-                    Ok(()) => return,
-                    Err(error) => error.to_string(),
+                let beside = (&*self.options.beside, deadline);
+                let release = ending::release(log, &self.joined.pusher, true, beside, self.events);
+                match self.clock.within(left(), release).await {
+                    Some(Ok(())) => return,
+                    Some(Err(error)) => error.to_string(),
+                    None => format!("the grace period of {} s is over", self.options.grace.as_secs()),
                 }
             }
             Some(Ok(Ok(_))) => {

@@ -1,0 +1,31 @@
+//! `perennial copy`.
+
+use crate::cli::args;
+use crate::cli::output;
+use crate::cli::setup::Setup;
+use crate::copy::Copy;
+use crate::error::Result;
+use crate::model::human_bytes;
+
+pub async fn run(setup: &Setup, args: args::Copy) -> Result<i32> {
+    let from = setup.location(None)?;
+    let copy = Copy { from: setup.bare_store(&from)?, to: setup.second_store(&args.to)? };
+    let report = copy.run(&setup.clock, &setup.events).await?;
+    if setup.global.json {
+        output::json(&serde_json::json!({
+            "schema": "perennial/copy/1",
+            "from": from.to_string(),
+            "to": args.to.to_string(),
+            "report": report,
+        }))?;
+    } else {
+        output::line(format!(
+            "{} has what {from} had: {} objects ({}) were new, and {} backups",
+            args.to,
+            report.objects,
+            human_bytes(report.bytes),
+            report.backups
+        ));
+    }
+    Ok(0)
+}
