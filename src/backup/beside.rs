@@ -15,7 +15,7 @@ use crate::model::{BackupId, Beside, Generation, Lsn, Timeline, Timestamp, Write
 use crate::postgres::data_dir::FileItem;
 use crate::postgres::is_vacant;
 use crate::repository::manifest::{Directory, Line, Lines, LinesWriter, Link};
-use crate::repository::{BesideHead, Repository, UNFINISHED};
+use crate::repository::{BesideHead, Repository, SET_ASIDE, UNFINISHED};
 
 /// A directory is read this many times at most.
 const PASSES: u32 = 4;
@@ -42,26 +42,17 @@ pub async fn take(
     position: impl AsyncFn() -> Result<(Lsn, Timestamp)>,
     events: &Events,
 ) -> Result<Option<BesideHead>> {
-    if is_vacant(&beside.path)? {
-        events.warning(format!(
-            "{} has nothing in it: no snapshot is taken of '{}'",
-            beside.path.display(),
-            beside.name
-        ));
+    if !Found::has_content(&beside.path).await? {
+        let path = beside.path.display();
+        events.warning(format!("{path} has nothing in it: no snapshot is taken of '{}'", beside.name));
         return Ok(None);
     }
-    if beside.path.join(UNFINISHED).exists() {
-        return Err(Error::refused(format!("{} was not put back whole", beside.path.display()))
-            .hint("start `perennial run` with it again, or remove the file in it that says so"));
-    }
-    let mut parent = match repository.newest_beside(&beside.name).await {
-        Ok(Some(head)) => Some(Parent::beside(repository, &head).await?),
-        Ok(None) => None,
+    let mut parent = match newest(repository, beside).await {
         Err(error) if error.kind() == Kind::Damaged => {
             events.warning(format!("the last snapshot cannot be built on, everything is stored anew: {error}"));
             None
         }
-        Err(error) => return Err(error),
+        found => found?,
     };
     let built_on = parent.as_ref().map(|parent| parent.id);
     let task = Task { repository, id: place.backup, start: Lsn(0), data_checksums: false };
@@ -116,6 +107,13 @@ pub async fn take(
     Ok(Some(head))
 }
 
+async fn newest(repository: &Repository, beside: &Beside) -> Result<Option<Parent>> {
+    match repository.newest_beside(&beside.name).await? {
+        Some(head) => Parent::beside(repository, &head).await.map(Some),
+        None => Ok(None),
+    }
+}
+
 async fn put(
     repository: &Repository,
     head: &BesideHead,
@@ -151,6 +149,19 @@ struct Found {
 }
 
 impl Found {
+    /// Whether there is anything to store. A directory that was not put back whole is refused.
+    async fn has_content(top: &Path) -> Result<bool> {
+        let top = top.to_owned();
+        let look = tokio::task::spawn_blocking(move || {
+            if top.join(UNFINISHED).exists() {
+                return Err(Error::refused(format!("{} was not put back whole", top.display()))
+                    .hint("start `perennial run` with it again, or remove the file in it that says so"));
+            }
+            is_vacant(&top).map(|vacant| !vacant)
+        });
+        look.await.map_err(|e| Error::internal("a looking thread ended").source(e))?
+    }
+
     /// On a thread of its own: a file system that hangs must not hold up whoever waits for something else.
     async fn look_aside(top: &Path, now: Timestamp) -> Result<Found> {
         let top = top.to_owned();
@@ -191,8 +202,8 @@ impl Found {
         };
         let mode = metadata.mode() & 0o7777;
         if metadata.is_dir() {
-            // A file system makes this one of itself.
-            if name != "lost+found" {
+            // A file system makes the one of itself, a restore the other.
+            if name != "lost+found" && !name.starts_with(SET_ASIDE) {
                 self.directories.insert(name.clone(), mode);
                 return Ok(Some(name));
             }

@@ -15,7 +15,11 @@ use super::args::{CodecArgs, Global};
 use super::config::Config;
 use super::{environment, output, secret};
 
+/// In front of the variables of a copy's second place.
+const SECOND: &str = "PERENNIAL_TO_";
+
 /// What every command starts from.
+#[derive(Clone)]
 pub struct Setup {
     pub global: Global,
     pub config: Config,
@@ -73,10 +77,28 @@ impl Setup {
 
     /// The same of the second place of a copy: variables that begin with `PERENNIAL_TO_` go before those that do not.
     pub fn second_store(&self, location: &Location) -> Result<Arc<dyn Store>> {
-        if let Scheme::File { directory } = &location.scheme {
-            crate::disk::create_dir(directory, 0o700)?;
+        self.open(location, Policy::default(), SECOND)
+    }
+
+    /// Two places must be two: not the same, and none inside the other. With settings of its own the second may be another
+    /// store whose addresses look alike.
+    pub fn apart_from(&self, first: &Location, second: &Location) -> Result<()> {
+        if !environment::with_prefix(SECOND).is_empty() {
+            return Ok(());
         }
-        self.open(location, Policy::default(), "PERENNIAL_TO_")
+        let resolved = |location: &Location| match &location.scheme {
+            Scheme::File { directory } => {
+                let real = std::fs::canonicalize(directory).unwrap_or_else(|_| directory.clone());
+                format!("file://{}/", real.display())
+            }
+            _ => format!("{}/", location.to_string().trim_end_matches('/')),
+        };
+        let (one, other) = (resolved(first), resolved(second));
+        match one.starts_with(&other) || other.starts_with(&one) {
+            true => Err(Error::usage(format!("{first} and {second} are one place, or one lies in the other"))
+                .hint("choose a second place apart from the first")),
+            false => Ok(()),
+        }
     }
 
     fn open(&self, location: &Location, retry: Policy, own: &str) -> Result<Arc<dyn Store>> {
@@ -152,6 +174,7 @@ impl Setup {
 /// Directories beside the database, none in another and none in its own.
 pub fn apart(besides: Vec<Beside>, data_dir: &Path) -> Result<Vec<Beside>> {
     let resolved = |path: &Path| {
+        let path = &std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
         let parent = || Some(std::fs::canonicalize(path.parent()?).ok()?.join(path.file_name()?));
         std::fs::canonicalize(path).ok().or_else(parent).unwrap_or_else(|| path.to_owned())
     };

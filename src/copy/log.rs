@@ -3,7 +3,8 @@
 
 use futures::{StreamExt, TryStreamExt};
 
-use super::{Copy, PARALLEL, Report, SMALL};
+use super::objects::{PARALLEL, SMALL};
+use super::{Copy, Report};
 use crate::error::{Error, Kind, Result};
 use crate::model::Generation;
 use crate::repository::layout;
@@ -12,21 +13,32 @@ use crate::storage::{Entry, Store};
 /// Listings of a log that is collected while it is copied.
 const LOOKS: u32 = 8;
 
+/// Entries deleted at once.
+const DELETES: usize = 16;
+
+/// How a look at a log that may be collected meanwhile ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Look {
+    /// It is as it was.
+    Done,
+    /// Some of it was collected since, after we had it.
+    Moved,
+    /// Some of it was gone before we had it.
+    Missed,
+}
+
 impl Copy {
     pub(super) async fn wal(&self, generation: Generation, report: &mut Report) -> Result<()> {
+        let mut look = Look::Missed;
         for _ in 0..LOOKS {
-            // Segments are stored before the bound passes their entries, so those below it are listed after it.
-            let bound = self.bound(generation).await?;
-            self.missing_below(&layout::wal_dir(generation), report).await?;
-            if bound > 1 {
-                let key = layout::collected(generation, bound);
-                // Only a higher one makes it go.
-                let Some(body) = self.read(&key, SMALL).await? else { continue };
-                report.add(self.put_same(&key, &body).await?);
-            }
-            if self.entries(generation, bound, report).await? {
+            look = self.look(generation, report).await?;
+            if look == Look::Done {
                 return Ok(());
             }
+        }
+        if look == Look::Moved {
+            // A busy one: what has moved since comes with the next copy.
+            return Ok(());
         }
         Err(Error::new(
             Kind::Unreachable,
@@ -35,42 +47,103 @@ impl Copy {
         .hint("try again, or copy from nearer to the source"))
     }
 
-    /// Copies the entries from the bound on, in order but for a few on their way at once, as their writer does; `false` when
-    /// one was collected meanwhile.
-    async fn entries(&self, generation: Generation, bound: u64, report: &mut Report) -> Result<bool> {
+    async fn look(&self, generation: Generation, report: &mut Report) -> Result<Look> {
+        // Segments are stored before the bound passes their entries, so those below it are listed after it.
+        let bound = bound(&*self.from, generation).await?;
+        self.missing_in_order(&layout::wal_dir(generation), report).await?;
+        if bound > 1 {
+            let key = layout::collected(generation, bound);
+            // Only a higher one makes it go.
+            let Some(body) = self.read(&key, SMALL).await? else { return Ok(Look::Missed) };
+            report.add(self.put_same(&key, &body).await?);
+            self.collect(generation, bound).await?;
+        }
+        let Some(behind) = self.entries(generation, bound, report).await? else { return Ok(Look::Missed) };
+        let now = self::bound(&*self.from, generation).await?;
+        Ok(match now {
+            now if now == bound => Look::Done,
+            now if now <= behind => Look::Moved,
+            _ => Look::Missed,
+        })
+    }
+
+    /// Copies the entries from the bound to the first hole, a few on their way at once as their writer does, the last one
+    /// alone: a seal that says "released" is there only after all before it. The number behind them; `None` when some were
+    /// collected meanwhile. What lies behind a hole never counted, or was not there yet.
+    async fn entries(&self, generation: Generation, bound: u64, report: &mut Report) -> Result<Option<u64>> {
         let before = layout::log_entry(generation, bound - 1);
-        let there = self.listed(&*self.to, generation, &before).await?;
-        let (last, there) = (there.last().map(|entry| entry.key.clone()), there);
-        let has = |key: &String| there.binary_search_by(|entry| entry.key.cmp(key)).is_ok();
-        // The last one there may be a seal of whoever booted the copy: it is compared.
-        let mut wanted = self.listed(&*self.from, generation, &before).await?;
-        wanted.retain(|entry| !has(&entry.key) || Some(&entry.key) == last.as_ref());
-        let copies = wanted.into_iter().map(|entry| async move {
-            match self.read(&entry.key, entry.size).await? {
-                Some(body) => self.put_same(&entry.key, &body).await.map(Some),
-                None => Ok::<_, Error>(None),
-            }
+        let there = listed(&*self.to, generation, &before).await?;
+        let mut wanted = listed(&*self.from, generation, &before).await?;
+        let mut behind = bound;
+        wanted.retain(|(number, _)| {
+            let next = *number == behind;
+            behind += u64::from(next);
+            next
         });
-        let copies: Vec<_> = copies.collect();
+        if wanted.is_empty() && !listed(&*self.from, generation, &before).await?.is_empty() {
+            return Ok(None);
+        }
+        // The last of both are compared: there may be the seal of whoever booted the copy.
+        let lasts = [there.last(), wanted.last()].map(|last| last.map(|(number, _)| *number));
+        let has = |number: u64| there.binary_search_by_key(&number, |(number, _)| *number).is_ok();
+        wanted.retain(|(number, _)| !has(*number) || lasts.contains(&Some(*number)));
+        let last = wanted.pop();
+        let copies: Vec<_> = wanted.into_iter().map(|(_, entry)| self.entry(entry)).collect();
         let mut copies = futures::stream::iter(copies).buffered(PARALLEL);
         while let Some(copied) = copies.try_next().await? {
-            match copied {
-                Some(bytes) => report.add(bytes),
-                None => return Ok(false),
-            }
+            let Some(bytes) = copied else { return Ok(None) };
+            report.add(bytes);
         }
-        Ok(self.bound(generation).await? == bound)
+        drop(copies);
+        if let Some((_, entry)) = last {
+            let Some(bytes) = self.entry(entry).await? else { return Ok(None) };
+            report.add(bytes);
+        }
+        Ok(Some(behind))
     }
 
-    async fn listed(&self, store: &dyn Store, generation: Generation, after: &str) -> Result<Vec<Entry>> {
-        let listing = store.list(&layout::log_dir(generation), Some(after));
-        let ours = listing.try_filter(|entry| std::future::ready(layout::parse_log_entry(&entry.key).is_some()));
-        ours.try_collect().await
+    async fn entry(&self, entry: Entry) -> Result<Option<Option<u64>>> {
+        match self.read(&entry.key, entry.size).await? {
+            Some(body) => self.put_same(&entry.key, &body).await.map(Some),
+            None => Ok(None),
+        }
     }
 
-    async fn bound(&self, generation: Generation) -> Result<u64> {
-        let level = self.from.list_level(&layout::collected_dir(generation)).await?;
-        let numbers = level.entries.iter().filter_map(|entry| layout::parse_collected(&entry.key));
-        Ok(numbers.map(|(_, number)| number).max().unwrap_or(1))
+    /// Lets go in the copy what its bound has passed, as its writer does at the source.
+    async fn collect(&self, generation: Generation, bound: u64) -> Result<()> {
+        let mut passed = listed(&*self.to, generation, "").await?;
+        passed.retain(|(number, _)| *number < bound);
+        let deletes: Vec<_> =
+            passed.into_iter().map(|(_, entry)| async move { self.to.delete(&entry.key).await }).collect();
+        futures::stream::iter(deletes).buffer_unordered(DELETES).try_collect::<()>().await?;
+        let mut older = bounds(&*self.to, generation).await?;
+        older.retain(|number| *number < bound);
+        older.pop();
+        for number in older {
+            self.to.delete(&layout::collected(generation, number)).await?;
+        }
+        Ok(())
     }
+}
+
+/// The entries of a log behind a key, by number.
+async fn listed(store: &dyn Store, generation: Generation, after: &str) -> Result<Vec<(u64, Entry)>> {
+    let after = (!after.is_empty()).then_some(after);
+    let entries: Vec<Entry> = store.list(&layout::log_dir(generation), after).try_collect().await?;
+    let number = |entry: Entry| layout::parse_log_entry(&entry.key).map(|(_, number)| (number, entry));
+    let mut entries: Vec<_> = entries.into_iter().filter_map(number).collect();
+    entries.sort_by_key(|(number, _)| *number);
+    Ok(entries)
+}
+
+async fn bound(store: &dyn Store, generation: Generation) -> Result<u64> {
+    Ok(bounds(store, generation).await?.last().copied().unwrap_or(1))
+}
+
+async fn bounds(store: &dyn Store, generation: Generation) -> Result<Vec<u64>> {
+    let level = store.list_level(&layout::collected_dir(generation)).await?;
+    let numbers = level.entries.iter().filter_map(|entry| layout::parse_collected(&entry.key));
+    let mut numbers: Vec<u64> = numbers.map(|(_, number)| number).collect();
+    numbers.sort_unstable();
+    Ok(numbers)
 }

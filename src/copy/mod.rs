@@ -2,30 +2,25 @@
 //! not, without reading what is in them; what is there already is not copied again, so that a copy that was cut off goes on
 //! and one that is made again costs what is new.
 //!
-//! At every moment the copy is a sound repository of an earlier state: nothing is named there before it is there. Claims
-//! first, then WAL and logs, packs, and the manifests that name them last. It may be restored from and booted; once it has
-//! been booted it has a life of its own, and nothing is copied into it any more.
+//! At every moment the copy is a sound repository of an earlier state: nothing is named there before it is there, and WAL
+//! never has a hole. Packs first, then claims, WAL and logs in order, and the manifests that name it all last. It may be
+//! restored from and booted; once it has been booted it has a life of its own, and nothing is copied into it any more.
 
 mod log;
+mod objects;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use futures::{StreamExt, TryStreamExt};
+use futures::TryStreamExt;
 
 use crate::clock::Clock;
 use crate::error::{Error, Kind, Result};
-use crate::events::Events;
+use crate::events::{Event, Events, Level};
 use crate::model::{BackupId, Generation, human_bytes};
 use crate::repository::layout::OfBackup;
-use crate::repository::{Repository, layout};
-use crate::storage::{Body, Created, Entry, Store, read_small};
-
-/// Objects on their way at once. Each is held whole: a pack has 16 MB, a segment seldom more.
-const PARALLEL: usize = 4;
-
-/// Objects that are compared, not only counted: claims, and the entries of logs.
-const SMALL: u64 = 8 << 20;
+use crate::repository::{Found, Repository, layout};
+use crate::storage::{Body, Entry, Store, probe, read_small};
 
 /// What a copy came to.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize)]
@@ -59,19 +54,28 @@ impl Copy {
         // Before anything they need is listed: whatever is named by these is there, or goes while we copy.
         let backups = self.backups().await?;
         let generations = generations_of(&*self.from).await?;
-        if let Some(own) = generations_of(&*self.to).await?.iter().find(|own| !generations.contains(own)) {
-            return Err(self.has_a_life_of_its_own(&layout::claim(*own)));
-        }
+        self.has_no_life_of_its_own(&generations).await?;
+        self.missing_below(layout::PACKS, &mut report).await?;
+        // What was pruned before what it leaves: a gap that a prune has made is none.
+        self.missing_below(layout::PRUNES, &mut report).await?;
+        let mut claimed = Vec::new();
         for generation in &generations {
-            self.claim(*generation, &mut report).await?;
+            if self.claim(*generation, &mut report).await? {
+                claimed.push(*generation);
+            }
         }
-        for generation in &generations {
+        for generation in &claimed {
+            self.has_no_life_of_its_own(&generations).await?;
             self.wal(*generation, &mut report).await?;
         }
-        self.missing_below(layout::PACKS, &mut report).await?;
-        events.info(format!("{} objects, {} copied; the backups come last", report.objects, human_bytes(report.bytes)));
+        // It may have been ended only now, by a generation that was beginning.
+        if let [.., before, _] = claimed[..] {
+            self.wal(before, &mut report).await?;
+        }
+        let text = format!("{} objects, {} copied; the backups come last", report.objects, human_bytes(report.bytes));
+        events.emit(Event::Note { level: Level::Detail, text });
+        self.has_no_life_of_its_own(&generations).await?;
         self.manifests(backups, &mut report).await?;
-        self.missing_below(layout::PRUNES, &mut report).await?;
         Ok(report)
     }
 
@@ -83,79 +87,55 @@ impl Copy {
             Error::not_found(format!("{}: there is no repository", self.from.url("")))
                 .hint("check the address: perennial copy --repo SOURCE --to DESTINATION")
         })?;
+        let is_another = || {
+            Err(Error::refused(format!("{} is another repository", self.to.url("")))
+                .hint("choose a prefix of its own for the copy"))
+        };
         match read_small(&*self.to, layout::DESCRIPTOR, LIMIT).await? {
             Some(there) if there == source => (),
-            Some(_) => {
-                return Err(Error::refused(format!("{} is another repository", self.to.url("")))
-                    .hint("choose a prefix of its own for the copy"));
-            }
+            Some(_) => return is_another(),
             // Refuses a place that has something else in it.
-            None => drop(Repository::find(Arc::clone(&self.to), clock).await?),
+            None => match Repository::find(Arc::clone(&self.to), clock).await? {
+                Found::Empty => probe(&*self.to, layout::PROBES, clock).await?,
+                Found::Repository(_) => return is_another(),
+            },
         }
+        self.keys().await?;
+        match self.put_same(layout::DESCRIPTOR, &Body::from(source.to_vec())).await {
+            Err(error) if error.kind() == Kind::Conflict => is_another(),
+            done => done.map(drop),
+        }
+    }
+
+    /// Wrapped keys; whoever cannot open the source any more cannot open the copy.
+    async fn keys(&self) -> Result<()> {
         self.missing_below(layout::KEYS, &mut Report::default()).await?;
-        self.to.create(layout::DESCRIPTOR, &Body::from(source.to_vec())).await.map(drop)
+        let keys = async |store: &dyn Store| -> Result<BTreeSet<String>> {
+            store.list(layout::KEYS, None).map_ok(|entry| entry.key).try_collect().await
+        };
+        let source = keys(&*self.from).await?;
+        let gone = keys(&*self.to).await?.into_iter().filter(|key| !source.contains(key) && !source.is_empty());
+        for key in gone.filter(|key| layout::parse_wrapped_key(key).is_some()) {
+            self.to.delete(&key).await?;
+        }
+        Ok(())
     }
 
-    /// Claims must be the same: where they differ, the copy was booted and is a database of its own.
-    async fn claim(&self, generation: Generation, report: &mut Report) -> Result<()> {
+    /// Whoever has booted the copy has claimed a generation in it.
+    async fn has_no_life_of_its_own(&self, generations: &[Generation]) -> Result<()> {
+        match generations_of(&*self.to).await?.iter().find(|own| !generations.contains(own)) {
+            Some(own) => Err(self.own_life(&layout::claim(*own))),
+            None => Ok(()),
+        }
+    }
+
+    /// Claims must be the same: where they differ, the copy was booted and is a database of its own. `false`: it is only
+    /// being made.
+    async fn claim(&self, generation: Generation, report: &mut Report) -> Result<bool> {
         let key = layout::claim(generation);
-        // One that is being made.
-        let Some(body) = self.read(&key, SMALL).await? else { return Ok(()) };
+        let Some(body) = self.read(&key, objects::SMALL).await? else { return Ok(false) };
         report.add(self.put_same(&key, &body).await?);
-        Ok(())
-    }
-
-    /// Puts what must be the same in both places; its bytes, if it was not there.
-    async fn put_same(&self, key: &str, body: &Body) -> Result<Option<u64>> {
-        if self.to.create(key, body).await? == Created::Now {
-            return Ok(Some(body.len()));
-        }
-        let there = read_small(&*self.to, key, SMALL).await?;
-        match there.is_some_and(|there| there == body.head(usize::MAX)) {
-            true => Ok(None),
-            false => Err(self.has_a_life_of_its_own(key)),
-        }
-    }
-
-    fn has_a_life_of_its_own(&self, key: &str) -> Error {
-        let what = format!("{} is not the source's: the copy was booted, and has a life of its own", self.to.url(key));
-        Error::new(Kind::Conflict, what).hint("copy to a new place, or go on with the copy as the database")
-    }
-
-    /// An object of at most `size` bytes.
-    async fn read(&self, key: &str, size: u64) -> Result<Option<Body>> {
-        let Some(chunk) = self.from.read(key, 0..size).await? else { return Ok(None) };
-        if chunk.bytes.len() as u64 != chunk.object_size {
-            return Err(Error::damaged(format!("{} is cut short", self.from.url(key))));
-        }
-        Ok(Some(Body::from(chunk.bytes.to_vec())))
-    }
-
-    /// Copies what the second place lacks below a directory.
-    async fn missing_below(&self, directory: &str, report: &mut Report) -> Result<()> {
-        let there: BTreeMap<String, u64> =
-            self.to.list(directory, None).map_ok(|entry| (entry.key, entry.size)).try_collect().await?;
-        let listed: Vec<Entry> = self.from.list(directory, None).try_collect().await?;
-        if let Some(other) = listed.iter().find(|entry| there.get(&entry.key).is_some_and(|size| *size != entry.size)) {
-            return Err(Error::damaged(format!("{} has another size than in {}", self.to.url(&other.key), self.from.url(&other.key)))
-                .hint("one of the two is damaged: `perennial verify` says which; delete that object of the copy, and copy again"));
-        }
-        self.all(listed.into_iter().filter(|entry| !there.contains_key(&entry.key)).collect(), report).await
-    }
-
-    /// Copies objects, some at a time; those that have gone since they were listed are let go.
-    async fn all(&self, objects: Vec<Entry>, report: &mut Report) -> Result<()> {
-        let copies = objects.into_iter().map(|object| async move {
-            let Some(body) = self.read(&object.key, object.size).await? else { return Ok::<_, Error>(None) };
-            self.to.create(&object.key, &body).await?;
-            Ok(Some(body.len()))
-        });
-        let copies: Vec<_> = copies.collect();
-        let mut copies = futures::stream::iter(copies).buffer_unordered(PARALLEL);
-        while let Some(bytes) = copies.try_next().await? {
-            report.add(bytes);
-        }
-        Ok(())
+        Ok(true)
     }
 
     /// The objects of each backup that exists.
@@ -178,7 +158,7 @@ impl Copy {
         let there: BTreeSet<String> =
             self.to.list(layout::BACKUPS, None).map_ok(|entry| entry.key).try_collect().await?;
         for (id, mut of) in backups.into_iter().filter(|(id, _)| still.contains(id)) {
-            // One that was deleted from the copy stays deleted.
+            // One that was deleted from the copy stays deleted while its tombstone is there.
             if there.contains(&layout::tombstone(id)) {
                 continue;
             }

@@ -17,6 +17,9 @@ const FORMAT: &str = "perennial/beside/1";
 /// Marks a directory that has not been put back whole.
 pub const UNFINISHED: &str = ".perennial-restoring";
 
+/// What a directory that cannot be renamed had in it before it was put back goes into one in it, whose name begins so.
+pub const SET_ASIDE: &str = ".perennial-replaced-";
+
 /// Heads read at once.
 const PARALLEL: usize = 16;
 

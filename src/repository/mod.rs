@@ -34,7 +34,7 @@ use crate::storage::{Body, Created, Entry, Store, probe, read_small};
 
 use vault::{Encryption, Key};
 
-pub use beside::{BesideHead, UNFINISHED};
+pub use beside::{BesideHead, SET_ASIDE, UNFINISHED};
 pub use codec::Codec;
 pub use descriptor::Descriptor;
 pub use drill::DrillRecord;

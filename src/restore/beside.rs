@@ -9,12 +9,12 @@ use super::layout::{inside, set_mode, sync_filesystem};
 use super::plan::{Choice, Reachable};
 use super::target::Target;
 use crate::disk;
-use crate::error::{Error, IoContext, Kind, Result};
+use crate::error::{IoContext, Kind, Result};
 use crate::events::Events;
 use crate::model::{Beside, Generation, Lsn, Timestamp, human_bytes};
 use crate::postgres::is_vacant;
 use crate::repository::log::Position;
-use crate::repository::{BesideHead, Lineage, Repository, UNFINISHED, WalIndex};
+use crate::repository::{BesideHead, Lineage, Repository, SET_ASIDE, UNFINISHED, WalIndex};
 use crate::wal::History;
 
 /// The state of the database, as far as it is known before it is there.
@@ -103,9 +103,10 @@ pub async fn restore(
             events.warning(format!("there is no snapshot of '{}' {what}: {path} is left as it is", beside.name));
         }
         // Damage of what lies beside it must not keep the database down.
+        let mut ours = false;
         for head in usable {
-            match put_back(repository, beside, head, point, events).await {
-                Err(error) if error.kind() == Kind::Damaged => {
+            match put_back(repository, beside, head, (point, &mut ours), events).await {
+                Err(error) if matches!(error.kind(), Kind::Damaged | Kind::Local) => {
                     events.alarm(format!("'{}' as of {} cannot be put back: {error}", beside.name, head.lsn));
                 }
                 done => {
@@ -149,20 +150,24 @@ async fn put_back(
     repository: &Repository,
     beside: &Beside,
     head: &BesideHead,
-    point: Point,
+    (point, ours): (Point, &mut bool),
     events: &Events,
 ) -> Result<()> {
     // A link to another disk stays one.
     let path = std::fs::canonicalize(&beside.path).unwrap_or_else(|_| beside.path.clone());
     let beside = &Beside { name: beside.name.clone(), path };
     let unfinished = beside.path.join(UNFINISHED);
-    if !is_vacant(&beside.path)? {
+    // What is there since it was set aside is what we have put there.
+    if *ours {
+        super::layout::empty(&beside.path, Some(UNFINISHED))?;
+    } else if !is_vacant(&beside.path)? {
         // Whoever started the application in a directory that was not put back whole may have data in it, too.
         let aside = set_aside(repository, &beside.path)?;
-        events.warning(format!("{} is set aside: it is now {}", beside.path.display(), aside.display()));
+        events.warning(format!("what was in {} is set aside: it is now in {}", beside.path.display(), aside.display()));
     }
     disk::create_dir(&beside.path, 0o700)?;
     disk::durable_write(&unfinished, b"", 0o600)?;
+    *ours = true;
     let contents = Contents::read_beside(repository, head).await?;
     for directory in &contents.directories {
         disk::create_dir(&inside(&beside.path, &directory.path)?, 0o700)?;
@@ -199,14 +204,26 @@ async fn put_back(
     Ok(())
 }
 
-/// Nothing is deleted that may be all there is.
+/// Nothing is deleted that may be all there is. What cannot be renamed (a mount point, a directory in one that is not ours)
+/// gets its content moved into a directory inside.
 fn set_aside(repository: &Repository, path: &Path) -> Result<PathBuf> {
+    let stamp = repository.clock().now().unix_micros();
     let mut name = path.file_name().unwrap_or_default().to_os_string();
-    name.push(format!(".replaced-{}", repository.clock().now().unix_micros()));
+    name.push(format!(".replaced-{stamp}"));
     let aside = path.with_file_name(name);
-    disk::durable_rename(path, &aside).map_err(|e: Error| {
-        e.hint("move away what is in it yourself (a mount point cannot be renamed), then start again")
-    })?;
+    if disk::durable_rename(path, &aside).is_ok() {
+        return Ok(aside);
+    }
+    let aside = path.join(format!("{SET_ASIDE}{stamp}"));
+    disk::create_dir(&aside, 0o700)?;
+    for entry in std::fs::read_dir(path).on("list directory", path)? {
+        let entry = entry.on("list directory", path)?;
+        let name = entry.file_name();
+        let stays = name.to_str().is_some_and(|name| name == "lost+found" || name.starts_with(SET_ASIDE));
+        if !stays {
+            disk::durable_rename(&entry.path(), &aside.join(name))?;
+        }
+    }
     Ok(aside)
 }
 

@@ -64,13 +64,15 @@ impl Tablespaces {
     ///
     /// A copy of a data directory has the links of the original: what is overwritten in place must be named. A restore that
     /// was cut off has made the links itself.
-    pub fn check(&self, data_dir: &Path, overwrite: Overwrite, unfinished: bool) -> Result<()> {
+    pub fn check(&self, data_dir: &Path, overwrite: Overwrite, unfinished: Option<&str>) -> Result<()> {
         for (oid, directory) in &self.links {
-            let may_be_own = match overwrite {
-                Overwrite::Empty => true,
-                Overwrite::Differences => self.named.contains(oid),
-                Overwrite::Never => unfinished,
-            };
+            let begun = unfinished.is_some_and(|text| text.lines().any(|line| line == noted(*oid, directory)));
+            let may_be_own = begun
+                || match overwrite {
+                    Overwrite::Empty => true,
+                    Overwrite::Differences => self.named.contains(oid),
+                    Overwrite::Never => false,
+                };
             let own = may_be_own && is_linked_from(data_dir, directory)?;
             if !own && !is_vacant(directory)? && !holds_only_an_unfinished_restore(directory)? {
                 return Err(Error::refused(format!(
@@ -81,6 +83,11 @@ impl Tablespaces {
             }
         }
         Ok(())
+    }
+
+    /// What the mark of an unfinished restore says of them: these it has begun to fill.
+    pub fn note(&self) -> String {
+        self.links.iter().map(|(oid, directory)| noted(*oid, directory) + "\n").collect()
     }
 
     pub fn roots(&self) -> impl Iterator<Item = &Path> {
@@ -115,6 +122,10 @@ impl Tablespaces {
         let lines = self.links.iter().map(|(oid, path)| format!("{oid} {}\n", escaped(path)));
         (!self.links.is_empty()).then(|| lines.collect())
     }
+}
+
+fn noted(oid: u32, directory: &Path) -> String {
+    format!("tablespace {oid} in {}", directory.display())
 }
 
 /// Marks a tablespace directory whose restore has not finished.

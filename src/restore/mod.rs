@@ -94,9 +94,9 @@ pub async fn run(repository: &Repository, options: &Options, events: &Events) ->
 
     let mut contents = fetch::Contents::read(repository, backup.backup_id).await?;
     let tablespaces = layout::Tablespaces::map(&backup, &options.tablespace_map)?;
-    tablespaces.check(&options.data_dir, options.overwrite, unfinished)?;
-    let delta = unfinished || options.overwrite == Overwrite::Differences;
-    if options.overwrite == Overwrite::Differences && !unfinished {
+    tablespaces.check(&options.data_dir, options.overwrite, unfinished.as_deref())?;
+    let delta = unfinished.is_some() || options.overwrite == Overwrite::Differences;
+    if options.overwrite == Overwrite::Differences && unfinished.is_none() {
         same_cluster(&options.data_dir, &backup)?;
     }
     mark(&options.data_dir, &tablespaces, &backup)?;
@@ -158,22 +158,22 @@ async fn choose_in(repository: &Repository, options: &Options) -> Result<(Choice
 pub async fn check(repository: &Repository, options: &Options) -> Result<()> {
     let unfinished = check_directory(&options.data_dir, options.overwrite)?;
     let choice = choose(repository, options).await?;
-    if options.overwrite == Overwrite::Differences && !unfinished {
+    if options.overwrite == Overwrite::Differences && unfinished.is_none() {
         same_cluster(&options.data_dir, &choice.backup)?;
     }
     let tablespaces = layout::Tablespaces::map(&choice.backup, &options.tablespace_map)?;
-    tablespaces.check(&options.data_dir, options.overwrite, unfinished)
+    tablespaces.check(&options.data_dir, options.overwrite, unfinished.as_deref())
 }
 
-/// Whether a restore has not finished there.
-fn check_directory(data_dir: &Path, overwrite: Overwrite) -> Result<bool> {
+/// What a restore that has not finished has noted there.
+fn check_directory(data_dir: &Path, overwrite: Overwrite) -> Result<Option<String>> {
     if PostmasterFile::read(data_dir)?.is_some_and(|file| file.is_alive(data_dir)) {
         return Err(Error::refused(format!("a server is running in {}", data_dir.display()))
             .hint("stop it, or restore to another directory"));
     }
-    let unfinished = data_dir.join(RESTORE_MARKER).is_file();
-    if unfinished || overwrite != Overwrite::Never || is_vacant(data_dir)? {
-        return Ok(unfinished);
+    let unfinished = disk::read_if_there(&data_dir.join(RESTORE_MARKER))?;
+    if unfinished.is_some() || overwrite != Overwrite::Never || is_vacant(data_dir)? {
+        return Ok(unfinished.map(|text| String::from_utf8_lossy(&text).into_owned()));
     }
     Err(Error::refused(format!("{} is not empty", data_dir.display()))
         .hint("restore to a new directory, or add --force to delete what is in this one, or --delta to fetch only what differs in it"))
@@ -207,7 +207,11 @@ fn mark(data_dir: &Path, tablespaces: &layout::Tablespaces, backup: &BackupHead)
     disk::create_dir(data_dir, 0o700)?;
     set_private(data_dir)?;
     let marker = data_dir.join(RESTORE_MARKER);
-    let text = format!("Perennial is restoring backup {} here. Unfinished: restore again.\n", backup.backup_id);
+    let text = format!(
+        "Perennial is restoring backup {} here. Unfinished: restore again.\n{}",
+        backup.backup_id,
+        tablespaces.note()
+    );
     disk::durable_write(&marker, text.as_bytes(), 0o600)?;
     disk::remove_if_there(&data_dir.join("global/pg_control"))?;
     tablespaces.mark()

@@ -93,12 +93,21 @@ pub struct Options {
     pub fetch_command: Vec<String>,
 }
 
+/// Opens the two places of a copy: a disk that is not mounted is no reason to have no database.
+pub type OpenCopy = Arc<dyn Fn() -> Result<Copy> + Send + Sync>;
+
 /// Copies by schedule.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct Also {
-    pub copy: Copy,
+    pub open: OpenCopy,
     /// From the end of one to the next.
     pub every: Duration,
+}
+
+impl std::fmt::Debug for Also {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Also(every {:?})", self.every)
+    }
 }
 
 /// Drills by schedule.

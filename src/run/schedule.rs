@@ -17,6 +17,9 @@ use crate::status::Board;
 
 use super::Options;
 
+/// Between two copies, whatever is asked for.
+const LEAST_PAUSE: Duration = Duration::from_millis(100);
+
 const FIRST_RETRY: Duration = Duration::from_secs(15);
 const LONGEST_RETRY: Duration = Duration::from_secs(600);
 
@@ -109,12 +112,13 @@ async fn copies(options: &Options, pusher: &Pusher, events: &Events) {
     let Some(also) = &options.also else { return std::future::pending().await };
     let clock = pusher.repository.clock();
     loop {
-        match also.copy.run(clock, events).await {
+        let copied = async { (also.open)()?.run(clock, events).await };
+        match copied.await {
             Ok(report) if report.objects > 0 => events.info(format!("copied: {} objects", report.objects)),
             Ok(_) => (),
             Err(error) => events.alarm(format!("the second place is not current: {error}")),
         }
-        clock.sleep(also.every).await;
+        clock.sleep(also.every.max(LEAST_PAUSE)).await;
     }
 }
 

@@ -22,7 +22,7 @@ use crate::repository::Writer;
 use crate::status::Board;
 
 /// Time of the grace period that is kept for what comes after the server's end.
-const LAST_WORDS: Duration = Duration::from_secs(2);
+pub(super) const LAST_WORDS: Duration = Duration::from_secs(2);
 
 /// The least age of WAL that is not durable that is worth an alarm.
 pub(super) const LAG_LEAST: Duration = Duration::from_secs(5);

@@ -60,7 +60,11 @@ pub fn dispatch(args: Args) -> Result<i32> {
 /// On a runtime with a thread for each processor.
 pub(super) fn wide<T>(work: impl Future<Output = Result<T>>) -> Result<T> {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
-    runtime.map_err(|e| Error::local("could not start threads", e))?.block_on(work)
+    let runtime = runtime.map_err(|e| Error::local("could not start threads", e))?;
+    let outcome = runtime.block_on(work);
+    // A thread that hangs in a file system that does not answer is not waited for: nobody wants its answer any more.
+    runtime.shutdown_background();
+    outcome
 }
 
 /// On this thread alone (and blocking ones as needed): for commands that PostgreSQL calls for every segment.

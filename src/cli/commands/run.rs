@@ -1,6 +1,7 @@
 //! `perennial run`.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use crate::cli::setup::{Setup, callback, codec};
@@ -113,7 +114,10 @@ fn also(setup: &Setup, keep: &mut args::Keep, from: &Location) -> Result<Option<
         (None, Some(text)) => text.parse()?,
         (None, None) => return Ok(None),
     };
-    Ok(Some(run::Also { copy: Copy { from: setup.bare_store(from)?, to: setup.second_store(&to)? }, every }))
+    setup.apart_from(from, &to)?;
+    let (setup, from) = (setup.clone(), from.clone());
+    let open = move || Ok(Copy { from: setup.bare_store(&from)?, to: setup.second_store(&to)? });
+    Ok(Some(run::Also { open: Arc::new(open), every }))
 }
 
 fn drills(setup: &Setup, keep: &mut args::Keep) -> Result<Option<run::Drills>> {

@@ -145,7 +145,7 @@ impl Vault {
     fn in_the_clear(&self) -> Result<State> {
         if (self.identities)()?.is_some() {
             return Err(Error::refused(format!("{} is not encrypted, though an identity is named", self.inner.url("")))
-                .hint("if that is meant, name none (--identity, PERENNIAL_IDENTITY…); otherwise somebody has replaced the repository"));
+                .hint("a new one is with --encrypt; if one in the clear is meant, name no identity (--identity, PERENNIAL_IDENTITY…); otherwise somebody has replaced the repository"));
         }
         Ok(State::Clear)
     }
@@ -255,6 +255,10 @@ impl Store for Vault {
     }
 
     async fn create(&self, key: &str, body: &Body) -> Result<Created> {
+        if key == layout::DESCRIPTOR && Descriptor::parse(&body.head(usize::MAX), key)?.encryption.is_none() {
+            // Before there is a repository that would be refused from then on.
+            self.in_the_clear()?;
+        }
         match self.sealed(key).await? {
             None => self.inner.create(key, body).await,
             Some(sealed) => self.inner.create(key, &sealed.seal(body)?).await,

@@ -16,6 +16,7 @@ use crate::repository::Writer;
 use crate::run::signals::{Asked, NOTICE, Signals, asked};
 use crate::run::streaming::{Expected, Streaming};
 use crate::run::supervisor::LAG_LEAST;
+use crate::run::supervisor::LAST_WORDS;
 use crate::run::{Options, Start, ending, hold, notices, schedule, telling};
 use crate::status::Board;
 
@@ -155,7 +156,7 @@ impl Life<'_> {
         }
         streaming.order(if alive { Order::Leave } else { Order::Finish });
         let durable = || -> Lsn { streaming.progress.borrow().durable };
-        let left = || deadline.saturating_sub(self.clock.monotonic());
+        let left = || deadline.saturating_sub(self.clock.monotonic()).max(LAST_WORDS);
         let outcome = self.clock.within(left(), streaming.task).await;
         let error = match outcome {
             Some(Ok(Ok(log))) if !alive => {
