@@ -8,12 +8,11 @@ use std::path::Path;
 use super::copy::{self, Copied, Task};
 use super::parent::Parent;
 use super::{check_newest, still_there};
-use crate::disk::UncachedFile;
+use crate::disk::{self, UncachedFile};
 use crate::error::{Error, IoContext, Kind, Result};
 use crate::events::Events;
 use crate::model::{BackupId, Beside, Generation, Lsn, Timeline, Timestamp, WriteId, human_bytes};
 use crate::postgres::data_dir::FileItem;
-use crate::postgres::is_vacant;
 use crate::repository::manifest::{Directory, Line, Lines, LinesWriter, Link};
 use crate::repository::{BesideHead, Repository, SET_ASIDE, UNFINISHED};
 
@@ -157,7 +156,7 @@ impl Found {
                 return Err(Error::refused(format!("{} was not put back whole", top.display()))
                     .hint("start `perennial run` with it again, or remove the file in it that says so"));
             }
-            is_vacant(&top).map(|vacant| !vacant)
+            disk::is_vacant_but(&top, |name| name.starts_with(SET_ASIDE)).map(|vacant| !vacant)
         });
         look.await.map_err(|e| Error::internal("a looking thread ended").source(e))?
     }

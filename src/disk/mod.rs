@@ -48,6 +48,22 @@ pub fn create_dir(path: &Path, mode: u32) -> Result<()> {
     std::fs::DirBuilder::new().recursive(true).mode(mode).create(path).on("create directory", path)
 }
 
+/// Whether a directory is not there, or has nothing in it but what a file system makes of itself and names of which
+/// `passes` says so.
+pub fn is_vacant_but(directory: &Path, passes: impl Fn(&str) -> bool) -> Result<bool> {
+    let entries = match std::fs::read_dir(directory) {
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(true),
+        entries => entries.on("list directory", directory)?,
+    };
+    for entry in entries {
+        let name = entry.on("list directory", directory)?.file_name();
+        if name != "lost+found" && !name.to_str().is_some_and(&passes) {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
 /// Removes a file; one that is not there is fine.
 pub fn remove_if_there(path: &Path) -> Result<()> {
     match std::fs::remove_file(path) {

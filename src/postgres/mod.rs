@@ -12,7 +12,7 @@ pub mod version;
 
 use std::path::Path;
 
-use crate::error::{Error, IoContext, Result};
+use crate::error::{Error, Result};
 
 pub use client::{Client, ConnectOptions};
 pub use control_file::ControlFile;
@@ -35,16 +35,5 @@ pub fn version_of(data_dir: &Path) -> Result<Version> {
 
 /// Whether the directory is missing or has nothing in it. `lost+found` of a fresh filesystem does not count.
 pub fn is_vacant(directory: &Path) -> Result<bool> {
-    match std::fs::read_dir(directory) {
-        Ok(entries) => {
-            for entry in entries {
-                if entry.on("list directory", directory)?.file_name() != "lost+found" {
-                    return Ok(false);
-                }
-            }
-            Ok(true)
-        }
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(true),
-        Err(e) => Err(e).on("list directory", directory),
-    }
+    crate::disk::is_vacant_but(directory, |_| false)
 }

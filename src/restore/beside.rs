@@ -5,14 +5,13 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::fetch::{self, Contents};
-use super::layout::{inside, set_mode, sync_filesystem};
+use super::layout::{empty_but, inside, set_mode, sync_filesystem};
 use super::plan::{Choice, Reachable};
 use super::target::Target;
 use crate::disk;
 use crate::error::{IoContext, Kind, Result};
 use crate::events::Events;
 use crate::model::{Beside, Generation, Lsn, Timestamp, human_bytes};
-use crate::postgres::is_vacant;
 use crate::repository::log::Position;
 use crate::repository::{BesideHead, Lineage, Repository, SET_ASIDE, UNFINISHED, WalIndex};
 use crate::wal::History;
@@ -119,11 +118,16 @@ pub async fn restore(
     Ok(())
 }
 
+/// Names that a restore has made: its mark, and what it has set aside.
+fn is_restores(name: &str) -> bool {
+    name == UNFINISHED || name.starts_with(SET_ASIDE)
+}
+
 /// Directories that have nothing in them, or were not put back whole.
 pub fn lost(besides: &[Beside]) -> Result<Vec<Beside>> {
     let mut lost = Vec::new();
     for beside in besides {
-        if is_vacant(&beside.path)? || beside.path.join(UNFINISHED).exists() {
+        if disk::is_vacant_but(&beside.path, is_restores)? || beside.path.join(UNFINISHED).exists() {
             lost.push(beside.clone());
         }
     }
@@ -159,8 +163,8 @@ async fn put_back(
     let unfinished = beside.path.join(UNFINISHED);
     // What is there since it was set aside is what we have put there.
     if *ours {
-        super::layout::empty(&beside.path, Some(UNFINISHED))?;
-    } else if !is_vacant(&beside.path)? {
+        empty_but(&beside.path, is_restores)?;
+    } else if !disk::is_vacant_but(&beside.path, is_restores)? {
         // Whoever started the application in a directory that was not put back whole may have data in it, too.
         let aside = set_aside(repository, &beside.path)?;
         events.warning(format!("what was in {} is set aside: it is now in {}", beside.path.display(), aside.display()));

@@ -157,7 +157,8 @@ pub fn empty(directory: &Path, but: Option<&str>) -> Result<()> {
     empty_but(directory, |name| but == Some(name))
 }
 
-fn empty_but(directory: &Path, stays: impl Fn(&str) -> bool) -> Result<()> {
+/// The same but for what `stays`.
+pub fn empty_but(directory: &Path, stays: impl Fn(&str) -> bool) -> Result<()> {
     for entry in std::fs::read_dir(directory).on("list directory", directory)? {
         let entry = entry.on("list directory", directory)?;
         let path = entry.path();

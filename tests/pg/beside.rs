@@ -173,5 +173,17 @@ fn an_index_of_the_past_goes_with_a_database_of_the_past_and_old_ones_are_delete
         path.file_name()?.to_str()?.starts_with("damaged index.replaced").then_some(path)
     });
     assert!(aside.into_iter().any(|path| path.join("work").is_file()));
+
+    // In a directory that is not ours nothing can be renamed: its content goes aside within it, and no damaged snapshot on
+    // the way takes it along.
+    let (others, own) = (scratch.path().join("others"), scratch.path().join("others/index"));
+    std::fs::create_dir_all(&own).expect("made");
+    std::fs::write(own.join("work"), "of weeks").expect("written");
+    give(&own);
+    std::fs::set_permissions(&others, std::os::unix::fs::PermissionsExt::from_mode(0o555)).expect("set");
+    std::fs::remove_dir_all(&to).expect("removed");
+    bucket.must(&["restore", "-D", to.to_str().expect("text"), &with(&own)]);
+    assert_eq!(indexed(&own), numbers(30));
+    assert!(all_files(&own).iter().any(|file| file.ends_with("work")));
     assert_eq!(machine.stop(), 0);
 }
