@@ -171,7 +171,7 @@ fn pruning_beside_backups_restores_and_boots_that_are_killed_loses_nothing() {
     let words = |words: &[&str]| words.iter().map(|word| (*word).to_owned()).collect::<Vec<_>>();
     let data_dir = machine.data_dir().to_str().expect("text").to_owned();
     // A grace that is longer than any of the commands takes.
-    let prune = ["prune", "--keep-last=2", "--keep-points=20s", "--prune-grace=6s"];
+    let prune = ["prune", "--keep-last=2", "--keep-points=10s", "--prune-grace=5s"];
     let mut points: Vec<(std::time::Instant, String, u64)> = Vec::new();
     for round in 1..=rounds {
         machine.sql(&format!("INSERT INTO t VALUES ({round})"));
@@ -198,6 +198,7 @@ fn pruning_beside_backups_restores_and_boots_that_are_killed_loses_nothing() {
     bucket.must(&["backup", "-D", &data_dir]);
     machine.sql("INSERT INTO t VALUES (0)");
     machine.archived();
+    let pruned = std::time::Instant::now();
     bucket.must(&prune);
     let all = (0..=rounds).map(|n| n.to_string()).collect::<Vec<_>>().join(",");
     assert_eq!(restored(&scratch, "newest", &bucket, &[]), all);
@@ -205,9 +206,9 @@ fn pruning_beside_backups_restores_and_boots_that_are_killed_loses_nothing() {
     for id in backups(&bucket).into_iter().filter(|id| *id != first) {
         restored(&scratch, &id, &bucket, &["--backup", &id, "--immediate"]);
     }
-    // Every promised point: younger than it was promised for, with time to restore it.
+    // Every point that was promised when it was pruned last.
     for (at, lsn, round) in points {
-        if at.elapsed() < std::time::Duration::from_secs(12) {
+        if pruned.duration_since(at) < std::time::Duration::from_secs(9) {
             let rows = restored(&scratch, &format!("point-{round}"), &bucket, &["--to-lsn", &lsn]);
             assert!(rows.ends_with(&round.to_string()), "{rows}");
         }
