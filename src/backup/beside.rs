@@ -41,7 +41,7 @@ pub async fn take(
     position: impl AsyncFn() -> Result<(Lsn, Timestamp)>,
     events: &Events,
 ) -> Result<Option<BesideHead>> {
-    if !Found::has_content(&beside.path).await? {
+    if !aside(&beside.path, Found::has_content).await? {
         let path = beside.path.display();
         events.warning(format!("{path} has nothing in it: no snapshot is taken of '{}'", beside.name));
         return Ok(None);
@@ -55,12 +55,13 @@ pub async fn take(
     };
     let built_on = parent.as_ref().map(|parent| parent.id);
     let task = Task { repository, id: place.backup, start: Lsn(0), data_checksums: false };
-    let mut found = Found::look_aside(&beside.path, repository.clock().now()).await?;
+    let look = |now| aside(&beside.path, move |top| Found::look(top, now));
+    let mut found = look(repository.clock().now()).await?;
     let (mut stored, mut pass) = (0, 1);
     let (copied, changing) = loop {
         let copied = copy::files_only(&task, &found.files_with_marks(), parent.take()).await?;
         stored += copied.stored;
-        let after = Found::look_aside(&beside.path, repository.clock().now()).await?;
+        let after = look(repository.clock().now()).await?;
         let changing = found.differences(&after);
         if changing == 0 || pass == PASSES {
             break (copied, changing);
@@ -149,23 +150,12 @@ struct Found {
 
 impl Found {
     /// Whether there is anything to store. A directory that was not put back whole is refused.
-    async fn has_content(top: &Path) -> Result<bool> {
-        let top = top.to_owned();
-        let look = tokio::task::spawn_blocking(move || {
-            if top.join(UNFINISHED).exists() {
-                return Err(Error::refused(format!("{} was not put back whole", top.display()))
-                    .hint("start `perennial run` with it again, or remove the file in it that says so"));
-            }
-            disk::is_vacant_but(&top, |name| name.starts_with(SET_ASIDE)).map(|vacant| !vacant)
-        });
-        look.await.map_err(|e| Error::internal("a looking thread ended").source(e))?
-    }
-
-    /// On a thread of its own: a file system that hangs must not hold up whoever waits for something else.
-    async fn look_aside(top: &Path, now: Timestamp) -> Result<Found> {
-        let top = top.to_owned();
-        let look = tokio::task::spawn_blocking(move || Found::look(&top, now));
-        look.await.map_err(|e| Error::internal("a looking thread ended").source(e))?
+    fn has_content(top: &Path) -> Result<bool> {
+        if disk::is_there(&top.join(UNFINISHED))? {
+            return Err(Error::refused(format!("{} was not put back whole", top.display()))
+                .hint("start `perennial run` with it again, or remove the file in it that says so"));
+        }
+        disk::is_vacant_but(top, |name| name.starts_with(SET_ASIDE)).map(|vacant| !vacant)
     }
 
     fn look(top: &Path, now: Timestamp) -> Result<Found> {
@@ -251,6 +241,13 @@ impl Found {
         let files = all.filter(|path| mark(self, path) != mark(other, path)).count() as u64;
         files + u64::from(self.directories != other.directories) + u64::from(self.links != other.links)
     }
+}
+
+/// On a thread of its own: a file system that hangs must not hold up whoever waits for something else.
+async fn aside<T: Send + 'static>(top: &Path, look: impl FnOnce(&Path) -> Result<T> + Send + 'static) -> Result<T> {
+    let top = top.to_owned();
+    let looked = tokio::task::spawn_blocking(move || look(&top)).await;
+    looked.map_err(|e| Error::internal("a looking thread ended").source(e))?
 }
 
 fn unreadable(error: Error) -> Error {

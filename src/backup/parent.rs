@@ -35,11 +35,10 @@ impl Parent {
         let Some(history) = history(repository, descent).await? else { return Ok(None) };
         let lineage = repository.lineage(descent.generation, None).await?;
         let is_past = |head: &&BackupHead| {
-            let end = history.end_of(head.timeline);
             lineage.contains(head.generation)
                 && head.system_id == descent.system_id
                 && head.region_size == REGION
-                && end.is_some_and(|end| end.is_none_or(|end| head.stop_lsn <= end))
+                && history.has(head.timeline, head.stop_lsn)
         };
         let sound = repository.backups().await?.sound;
         match sound.iter().filter(is_past).max_by_key(|head| head.stop_lsn) {

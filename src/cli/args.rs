@@ -69,13 +69,13 @@ pub enum Command {
     Drill(Drill),
     /// Keep a backup whatever the rules of `prune` say
     Pin(Pin),
+    /// Let the rules of `prune` decide on a backup again
+    Unpin(Unpin),
     /// Copy the repository to a second place, or what is new of it since the last copy
     Copy(Copy),
     /// The key of an encrypted repository
     #[command(subcommand)]
     Key(Key),
-    /// Let the rules of `prune` decide on a backup again
-    Unpin(Unpin),
     /// Watch a database survive its machine, in a temporary directory
     Demo(Demo),
     /// Print a shell's completions

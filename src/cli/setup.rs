@@ -7,7 +7,7 @@ use crate::clock::Clock;
 use crate::error::{Error, IoContext, Result};
 use crate::events::Events;
 use crate::model::Beside;
-use crate::repository::vault::{Known, Vault, no_identity, recipients_of};
+use crate::repository::vault::{Identities, Vault, no_identity, recipients_of};
 use crate::repository::{Codec, Recipient, Repository};
 use crate::storage::{self, Location, Policy, S3Settings, Scheme, Store, StoreSettings};
 
@@ -56,18 +56,18 @@ impl Setup {
 
     /// The store of a repository, encrypted or not.
     pub fn store(&self, location: &Location, retry: Policy) -> Result<Arc<dyn Store>> {
-        Ok(Arc::new(self.vault(location, retry, None)?))
+        Ok(Arc::new(self.vault(location, retry)?))
     }
 
-    /// The same for a repository of which something may be known.
-    pub fn vault(&self, location: &Location, retry: Policy, known: Option<Known>) -> Result<Vault> {
-        let (file, command) = (self.global.identity.clone(), environment::identity_command());
-        let (file, command) = (
-            file.or_else(|| self.config.identity_file.clone()),
-            command.or_else(|| self.config.identity_command.clone()),
-        );
-        let identities = move || secret::identities(environment::identity(), file.as_deref(), command.as_deref());
-        Ok(Vault::new(self.open(location, retry, "")?, Arc::new(identities), known))
+    pub fn vault(&self, location: &Location, retry: Policy) -> Result<Vault> {
+        Ok(Vault::new(self.open(location, retry, "")?, self.identities()))
+    }
+
+    /// Where the identity is that opens an encrypted repository.
+    fn identities(&self) -> Identities {
+        let file = self.global.identity.clone().or_else(|| self.config.identity_file.clone());
+        let command = environment::identity_command().or_else(|| self.config.identity_command.clone());
+        Arc::new(move || secret::identities(environment::identity(), file.as_deref(), command.as_deref()))
     }
 
     /// The store below any encryption.
@@ -143,10 +143,7 @@ impl Setup {
         if !args.encrypt || !args.recipient.is_empty() {
             return Ok(args.recipient.clone());
         }
-        let file = self.global.identity.clone().or_else(|| self.config.identity_file.clone());
-        let command = environment::identity_command().or_else(|| self.config.identity_command.clone());
-        let text = secret::identities(environment::identity(), file.as_deref(), command.as_deref())?;
-        let recipients = text.map(|text| recipients_of(&text)).unwrap_or_default();
+        let recipients = (self.identities())()?.map(|text| recipients_of(&text)).unwrap_or_default();
         if recipients.is_empty() {
             return Err(
                 no_identity(&location.to_string()).hint("say who may open it: --recipient age1…, or --identity FILE")

@@ -64,6 +64,19 @@ pub fn is_vacant_but(directory: &Path, passes: impl Fn(&str) -> bool) -> Result<
     Ok(true)
 }
 
+/// Tells the kernel that a part of a file will not be read again soon; what of it is dirty begins to be written back. Only a
+/// wish: errors show in the sync.
+pub fn drop_from_cache(file: &File, offset: u64, length: usize) {
+    if let Some(length) = std::num::NonZeroU64::new(length as u64) {
+        let _ = rustix::fs::fadvise(file, offset, Some(length), rustix::fs::Advice::DontNeed);
+    }
+}
+
+/// Whether the name is there. What cannot be looked at is an error.
+pub fn is_there(path: &Path) -> Result<bool> {
+    path.try_exists().on("stat", path)
+}
+
 /// Removes a file; one that is not there is fine.
 pub fn remove_if_there(path: &Path) -> Result<()> {
     match std::fs::remove_file(path) {

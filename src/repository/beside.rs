@@ -6,11 +6,11 @@ use std::ops::ControlFlow;
 use futures::StreamExt;
 use serde::{Deserialize, Serialize};
 
-use super::lines::{Line, Lines, LinesWriter};
-use super::{Repository, envelope, layout};
+use super::lines::{Heads, Line, Lines, LinesWriter, object};
+use super::{Repository, layout};
 use crate::error::{Error, Kind, Result};
 use crate::model::{BackupId, DirectoryName, Generation, Lsn, PackId, RepositoryId, Timeline, Timestamp, WriteId};
-use crate::storage::{Body, Created};
+use crate::storage::Body;
 
 const FORMAT: &str = "perennial/beside/1";
 
@@ -56,9 +56,7 @@ impl BesideHead {
         let (lines, frames) = lines.finish()?;
         self.format = FORMAT.to_owned();
         self.lines = lines;
-        let mut body = Body::from(envelope::wrap(&self)?);
-        frames.into_iter().for_each(|frame| body.push(frame));
-        Ok(body)
+        object(&self, frames)
     }
 
     pub fn key(&self) -> String {
@@ -66,12 +64,17 @@ impl BesideHead {
     }
 }
 
+impl Heads for BesideHead {
+    const FORMAT: &str = FORMAT;
+
+    fn lines(&self) -> &Lines {
+        &self.lines
+    }
+}
+
 impl Repository {
     pub async fn put_beside(&self, key: &str, body: &Body) -> Result<()> {
-        match self.store.create(key, body).await? {
-            Created::Now => Ok(()),
-            Created::AlreadyThere => Err(Error::internal(format!("{} is there already", self.url(key)))),
-        }
+        self.put_new(key, body).await
     }
 
     /// The heads of all snapshots of a directory, or of every one, that hang on backups that exist; what is wrong with the
@@ -118,16 +121,11 @@ impl Repository {
 
     /// A snapshot's head and its length; `None` when it was deleted meanwhile.
     async fn beside_start(&self, key: &str) -> Result<Option<(BesideHead, u64)>> {
-        let Some(chunk) = self.store.read(key, 0..envelope::HEAD_MAX).await? else { return Ok(None) };
-        let (head, length): (BesideHead, usize) =
-            envelope::unwrap(&chunk.bytes, FORMAT).map_err(|why| self.corrupt(key, why))?;
-        if length as u64 + head.lines.stored() != chunk.object_size {
-            return Err(self.corrupt(key, format!("it is {} bytes long, its head says otherwise", chunk.object_size)));
-        }
+        let Some((head, at)) = self.head_of_lines::<BesideHead>(key).await? else { return Ok(None) };
         if head.key() != key || head.repository_id != self.descriptor.repository_id {
             return Err(self.corrupt(key, "it is another snapshot"));
         }
-        Ok(Some((head, length as u64)))
+        Ok(Some((head, at)))
     }
 
     /// Reads all of a snapshot, handing each line over in order, `End` not included.
@@ -137,18 +135,11 @@ impl Repository {
         Ok(head)
     }
 
-    /// The packs a snapshot names. They come first: no more of it is read.
+    /// The packs a snapshot names; none for one that was deleted meanwhile.
     pub async fn packs_of_beside(&self, key: &str) -> Result<Vec<PackId>> {
-        let mut packs = Vec::new();
-        let Some((head, at)) = self.beside_start(key).await? else { return Ok(packs) };
-        let mut take = |line| match line {
-            Line::Pack(pack) => {
-                packs.push(pack);
-                Ok(ControlFlow::Continue(()))
-            }
-            _ => Ok(ControlFlow::Break(())),
-        };
-        self.read_lines(key, at, &head.lines, &mut take).await?;
-        Ok(packs)
+        match self.beside_start(key).await? {
+            Some((head, at)) => self.packs_in(key, at, &head.lines).await,
+            None => Ok(Vec::new()),
+        }
     }
 }

@@ -5,13 +5,15 @@
 use std::ops::ControlFlow;
 
 use bytes::Bytes;
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use super::Repository;
 use super::codec::{Codec, Sha256, decompress};
 use super::region::Region;
+use super::{Repository, envelope};
 use crate::error::{Error, Result};
 use crate::model::PackId;
+use crate::storage::Body;
 
 /// Lines are gathered to about this many bytes before they become a frame.
 const LINES_FRAME: usize = 1 << 20;
@@ -91,6 +93,24 @@ pub struct FileEntry {
 }
 
 impl FileEntry {
+    /// One with this content, in frames that are nowhere.
+    #[cfg(test)]
+    pub fn of(path: &str, content: &[u8]) -> FileEntry {
+        let frame = super::pack::FrameRef { pack: 0, offset: 0, stored: 0, sha256: Sha256::of(b"") };
+        let whole = |part: &[u8]| Region::whole(frame, part.len() as u32, crc32c::crc32c(part));
+        FileEntry {
+            path: path.to_owned(),
+            mode: 0o600,
+            owner: None,
+            size: content.len() as u64,
+            mtime: 0,
+            outside: None,
+            birth: None,
+            mark: None,
+            regions: content.chunks(super::region::REGION as usize).map(whole).collect(),
+        }
+    }
+
     /// CRC-32C of the whole file, from those of its regions.
     pub fn crc32c(&self) -> u32 {
         let mut regions = self.regions.iter();
@@ -145,7 +165,46 @@ impl LinesWriter {
     }
 }
 
+/// A whole object: its head and the frames of lines behind it.
+pub fn object(head: &impl Serialize, frames: Vec<Bytes>) -> Result<Body> {
+    let mut body = Body::from(envelope::wrap(head)?);
+    frames.into_iter().for_each(|frame| body.push(frame));
+    Ok(body)
+}
+
+/// A head that says what lines are behind it.
+pub trait Heads: DeserializeOwned {
+    const FORMAT: &str;
+
+    fn lines(&self) -> &Lines;
+}
+
 impl Repository {
+    /// The head of an object with lines, and where they begin; `None` when there is no such object.
+    pub(super) async fn head_of_lines<H: Heads>(&self, key: &str) -> Result<Option<(H, u64)>> {
+        let Some(chunk) = self.store.read(key, 0..envelope::HEAD_MAX).await? else { return Ok(None) };
+        let (head, length): (H, usize) =
+            envelope::unwrap(&chunk.bytes, H::FORMAT).map_err(|why| self.corrupt(key, why))?;
+        if length as u64 + head.lines().stored() != chunk.object_size {
+            return Err(self.corrupt(key, format!("it is {} bytes long, its head says otherwise", chunk.object_size)));
+        }
+        Ok(Some((head, length as u64)))
+    }
+
+    /// The packs that lines name. They come first: no more is read.
+    pub(super) async fn packs_in(&self, key: &str, at: u64, lines: &Lines) -> Result<Vec<PackId>> {
+        let mut packs = Vec::new();
+        let mut take = |line| match line {
+            Line::Pack(pack) => {
+                packs.push(pack);
+                Ok(ControlFlow::Continue(()))
+            }
+            _ => Ok(ControlFlow::Break(())),
+        };
+        self.read_lines(key, at, lines, &mut take).await?;
+        Ok(packs)
+    }
+
     /// Reads the lines of the object at `key` that begin `at` this offset, one by one, `End` not included, until `line` has
     /// had enough.
     pub(super) async fn read_lines(
@@ -192,26 +251,12 @@ impl Repository {
 
 #[cfg(test)]
 mod tests {
-    use super::super::region::REGION;
     use super::*;
 
     #[test]
     fn the_checksum_of_a_file_is_that_of_its_joined_regions() {
         let content: Vec<u8> = (0..2_500_000u32).map(|n| (n % 251) as u8).collect();
-        let frame = crate::repository::pack::FrameRef { pack: 0, offset: 0, stored: 0, sha256: Sha256::of(b"") };
-        let whole = |part: &[u8]| Region::whole(frame, part.len() as u32, crc32c::crc32c(part));
-        let regions = content.chunks(REGION as usize).map(whole);
-        let mut file = FileEntry {
-            path: "base/1/1".into(),
-            mode: 0o600,
-            owner: None,
-            size: content.len() as u64,
-            mtime: 0,
-            outside: None,
-            birth: None,
-            mark: None,
-            regions: regions.collect(),
-        };
+        let mut file = FileEntry::of("base/1/1", &content);
         assert_eq!(file.crc32c(), crc32c::crc32c(&content));
         file.regions.clear();
         assert_eq!(file.crc32c(), 0);

@@ -9,10 +9,11 @@ use futures::{StreamExt, TryStreamExt};
 use serde::{Deserialize, Serialize};
 
 use super::layout::OfBackup;
-use super::{Repository, envelope, layout};
+use super::lines::{Heads, object};
+use super::{Repository, layout};
 use crate::error::{Error, Kind, Result};
 use crate::model::{BackupId, Generation, Lsn, PackId, RepositoryId, SystemId, Timeline, Timestamp, WriteId};
-use crate::storage::{Body, Created, Entry};
+use crate::storage::{Body, Entry};
 use crate::wal::SegmentSize;
 
 pub use super::lines::{Directory, FileEntry, Line, Lines, LinesWriter, Link};
@@ -75,9 +76,16 @@ impl BackupHead {
         let (lines, frames) = lines.finish()?;
         self.format = FORMAT.to_owned();
         self.lines = lines;
-        let mut body = Body::from(envelope::wrap(&self)?);
-        frames.into_iter().for_each(|frame| body.push(frame));
+        let body = object(&self, frames)?;
         Ok((self, body))
+    }
+}
+
+impl Heads for BackupHead {
+    const FORMAT: &str = FORMAT;
+
+    fn lines(&self) -> &Lines {
+        &self.lines
     }
 }
 
@@ -119,11 +127,7 @@ pub struct Backups {
 impl Repository {
     /// Makes the backup visible.
     pub async fn put_manifest(&self, backup: BackupId, body: &Body) -> Result<()> {
-        let key = layout::manifest(backup);
-        match self.store.create(&key, body).await? {
-            Created::Now => Ok(()),
-            Created::AlreadyThere => Err(Error::internal(format!("{} is there already", self.url(&key)))),
-        }
+        self.put_new(&layout::manifest(backup), body).await
     }
 
     /// The ids of all backups that exist, in order of position: neither unfinished nor deleted.
@@ -182,36 +186,23 @@ impl Repository {
         Ok(self.manifest_start(backup).await?.0)
     }
 
-    async fn manifest_start(&self, backup: BackupId) -> Result<(BackupHead, u64, u64)> {
+    async fn manifest_start(&self, backup: BackupId) -> Result<(BackupHead, u64)> {
         self.find_manifest(backup).await?.ok_or_else(|| self.missing(&layout::manifest(backup)))
     }
 
-    async fn find_manifest(&self, backup: BackupId) -> Result<Option<(BackupHead, u64, u64)>> {
+    async fn find_manifest(&self, backup: BackupId) -> Result<Option<(BackupHead, u64)>> {
         let key = layout::manifest(backup);
-        let Some(chunk) = self.store.read(&key, 0..envelope::HEAD_MAX).await? else { return Ok(None) };
-        let (head, length): (BackupHead, usize) =
-            envelope::unwrap(&chunk.bytes, FORMAT).map_err(|why| self.corrupt(&key, why))?;
-        if length as u64 + head.lines.stored() != chunk.object_size {
-            return Err(self.corrupt(&key, format!("it is {} bytes long, its head says otherwise", chunk.object_size)));
-        }
+        let Some((head, at)) = self.head_of_lines::<BackupHead>(&key).await? else { return Ok(None) };
         if head.backup_id != backup || head.repository_id != self.descriptor.repository_id {
             return Err(self.corrupt(&key, "it is the manifest of another backup"));
         }
-        Ok(Some((head, length as u64, chunk.object_size)))
+        Ok(Some((head, at)))
     }
 
-    /// The packs a manifest names. They come first: no more of it is read.
+    /// The packs a manifest names.
     pub async fn packs_of(&self, backup: BackupId) -> Result<Vec<PackId>> {
-        let mut packs = Vec::new();
-        let take = |line| match line {
-            Line::Pack(pack) => {
-                packs.push(pack);
-                Ok(ControlFlow::Continue(()))
-            }
-            _ => Ok(ControlFlow::Break(())),
-        };
-        self.walk_manifest(backup, take).await?;
-        Ok(packs)
+        let (head, at) = self.manifest_start(backup).await?;
+        self.packs_in(&layout::manifest(backup), at, &head.lines).await
     }
 
     /// Reads the whole manifest, handing each line over in order, `End` not included.
@@ -220,17 +211,9 @@ impl Repository {
         backup: BackupId,
         mut line: impl FnMut(Line) -> Result<()> + Send,
     ) -> Result<BackupHead> {
-        self.walk_manifest(backup, |next| line(next).map(ControlFlow::Continue)).await
-    }
-
-    /// Reads a manifest line by line until `line` has had enough.
-    async fn walk_manifest(
-        &self,
-        backup: BackupId,
-        mut line: impl FnMut(Line) -> Result<ControlFlow<()>> + Send,
-    ) -> Result<BackupHead> {
-        let (head, at, _) = self.manifest_start(backup).await?;
-        self.read_lines(&layout::manifest(backup), at, &head.lines, &mut line).await?;
+        let (head, at) = self.manifest_start(backup).await?;
+        let mut next = |next| line(next).map(ControlFlow::Continue);
+        self.read_lines(&layout::manifest(backup), at, &head.lines, &mut next).await?;
         Ok(head)
     }
 }

@@ -182,6 +182,16 @@ impl Repository {
         self.store.url("").trim_end_matches('/').to_owned()
     }
 
+    /// Puts an object whose name nobody else can have given.
+    async fn put_new(&self, key: &str, body: &Body) -> Result<()> {
+        match self.store.create(key, body).await? {
+            Created::Now => Ok(()),
+            Created::AlreadyThere => {
+                Err(Error::internal(format!("{} is there already, though its name is random", self.url(key))))
+            }
+        }
+    }
+
     /// An object that something else in the repository names, so that its absence is damage.
     async fn must_read(&self, key: &str, range: std::ops::Range<u64>) -> Result<crate::storage::Chunk> {
         self.store.read(key, range).await?.ok_or_else(|| self.missing(key))

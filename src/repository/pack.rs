@@ -13,7 +13,7 @@ use super::codec::Sha256;
 use super::{Repository, envelope, layout};
 use crate::error::Result;
 use crate::model::{BackupId, PackId, WriteId};
-use crate::storage::{Body, Created};
+use crate::storage::Body;
 
 const FORMAT: &str = "perennial/pack/1";
 /// Magic number of the index's frame.
@@ -88,14 +88,7 @@ impl PackBuilder {
 
 impl Repository {
     pub async fn put_pack(&self, id: PackId, body: &Body) -> Result<()> {
-        let key = layout::pack(id);
-        match self.store.create(&key, body).await? {
-            Created::Now => Ok(()),
-            Created::AlreadyThere => Err(crate::error::Error::internal(format!(
-                "{} is there already, though its name is random",
-                self.url(&key)
-            ))),
-        }
+        self.put_new(&layout::pack(id), body).await
     }
 
     /// The packs there are.

@@ -128,11 +128,15 @@ impl<'a> View<'a> {
         }
     }
 
+    /// Whether what a generation had on a timeline up to a position is on the way.
+    pub fn passes(&self, generation: Generation, timeline: Timeline, lsn: Lsn) -> bool {
+        self.lineage.contains(generation) && self.history.has(timeline, lsn)
+    }
+
     /// How far a restore from this backup gets; `None` when the backup does not lie on the way, or WAL that its own
     /// consistency needs is missing.
     pub fn coverage_of(&self, backup: &BackupHead) -> Option<Coverage> {
-        let on_the_way = self.lineage.contains(backup.generation)
-            && self.history.end_of(backup.timeline).is_some_and(|end| end.is_none_or(|end| backup.stop_lsn <= end));
+        let on_the_way = self.passes(backup.generation, backup.timeline, backup.stop_lsn);
         let coverage = on_the_way.then(|| self.coverage(backup.start_lsn))?;
         (coverage.through >= backup.stop_lsn).then_some(coverage)
     }

@@ -13,8 +13,8 @@ use crate::error::{IoContext, Kind, Result};
 use crate::events::Events;
 use crate::model::{Beside, Generation, Lsn, Timestamp, human_bytes};
 use crate::repository::log::Position;
-use crate::repository::{BesideHead, Lineage, Repository, SET_ASIDE, UNFINISHED, WalIndex};
-use crate::wal::History;
+use crate::repository::reach::View;
+use crate::repository::{BesideHead, Repository, SET_ASIDE, UNFINISHED};
 
 /// The state of the database, as far as it is known before it is there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -57,27 +57,10 @@ impl Point {
     }
 }
 
-/// The way to the state that is restored.
-#[derive(Debug)]
-pub struct Way<'a> {
-    pub lineage: &'a Lineage,
-    pub history: History,
-}
-
-impl Way<'_> {
-    pub fn of<'a>(lineage: &'a Lineage, index: &WalIndex, timeline: crate::model::Timeline) -> Way<'a> {
-        Way { lineage, history: index.history(timeline).unwrap_or(History::root(timeline)) }
-    }
-
-    fn passes(&self, head: &BesideHead) -> bool {
-        let end = self.history.end_of(head.timeline);
-        self.lineage.contains(head.generation) && end.is_some_and(|end| end.is_none_or(|end| head.lsn <= end))
-    }
-}
-
 /// The snapshots that lie on the way and are not ahead of the point, newest first. Pure.
-pub fn usable<'a>(snapshots: &'a [BesideHead], way: &Way<'_>, point: Point) -> Vec<&'a BesideHead> {
-    let mut usable: Vec<_> = snapshots.iter().filter(|head| way.passes(head) && !point.is_behind(head)).collect();
+fn usable<'a>(snapshots: &'a [BesideHead], view: &View<'_>, point: Point) -> Vec<&'a BesideHead> {
+    let passes = |head: &&BesideHead| view.passes(head.generation, head.timeline, head.lsn);
+    let mut usable: Vec<_> = snapshots.iter().filter(|head| passes(head) && !point.is_behind(head)).collect();
     usable.sort_by_key(|head| std::cmp::Reverse((head.lsn, head.taken_at)));
     usable
 }
@@ -90,11 +73,11 @@ pub async fn restore(
     point: Point,
     events: &Events,
 ) -> Result<()> {
-    let way = Way::of(&reachable.lineage, &reachable.index, reachable.timeline);
+    let view = reachable.view()?;
     for beside in besides {
         let (snapshots, damaged) = repository.besides(Some(&beside.name)).await?;
         damaged.iter().for_each(|error| events.warning(format!("a snapshot cannot be used: {error}")));
-        let usable = usable(&snapshots, &way, point);
+        let usable = usable(&snapshots, &view, point);
         if usable.is_empty() {
             let what =
                 if snapshots.is_empty() { "yet".to_owned() } else { format!("that is not ahead of {}", point.lsn) };
@@ -127,7 +110,7 @@ fn is_restores(name: &str) -> bool {
 pub fn lost(besides: &[Beside]) -> Result<Vec<Beside>> {
     let mut lost = Vec::new();
     for beside in besides {
-        if disk::is_vacant_but(&beside.path, is_restores)? || beside.path.join(UNFINISHED).exists() {
+        if disk::is_vacant_but(&beside.path, is_restores)? || disk::is_there(&beside.path.join(UNFINISHED))? {
             lost.push(beside.clone());
         }
     }
@@ -215,8 +198,11 @@ fn set_aside(repository: &Repository, path: &Path) -> Result<PathBuf> {
     let mut name = path.file_name().unwrap_or_default().to_os_string();
     name.push(format!(".replaced-{stamp}"));
     let aside = path.with_file_name(name);
-    if disk::durable_rename(path, &aside).is_ok() {
-        return Ok(aside);
+    match disk::durable_rename(path, &aside) {
+        // It has its new name, though that may not be durable.
+        Err(error) if !disk::is_there(path)? => return Err(error),
+        Err(_) => (),
+        Ok(()) => return Ok(aside),
     }
     let aside = path.join(format!("{SET_ASIDE}{stamp}"));
     disk::create_dir(&aside, 0o700)?;

@@ -2,17 +2,17 @@
 //! everything else is fetched or goes.
 
 use std::collections::HashSet;
-use std::fs::{File, OpenOptions};
+use std::fs::OpenOptions;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use futures::StreamExt;
 
 use super::fetch::Contents;
 use super::layout::{Tablespaces, inside};
+use crate::disk;
 use crate::error::{Error, IoContext, Result};
 use crate::postgres::control_file::CONTROL_FILE;
-use crate::repository::Region;
 
 /// Files looked at once. Each thread holds a region.
 const FILES: usize = 4;
@@ -85,9 +85,10 @@ pub async fn look(contents: &Contents, data_dir: &Path) -> Result<Have> {
     let mut have = Have { regions: vec![Vec::new(); contents.files.len()], bytes: 0 };
     let looks =
         contents.files.iter().enumerate().filter(|(_, file)| file.path != CONTROL_FILE).map(|(number, file)| {
-            let (path, regions, size) = (inside(data_dir, &file.path), file.regions.clone(), file.size);
+            let path = inside(data_dir, &file.path);
+            let regions: Vec<(u32, u32)> = file.regions.iter().map(|region| (region.plain, region.crc)).collect();
             async move {
-                let look = tokio::task::spawn_blocking(move || look_at(&path?, &regions, size));
+                let look = tokio::task::spawn_blocking(move || look_at(&path?, &regions));
                 Ok::<_, Error>((number, look.await.map_err(|e| Error::internal("a reading thread ended").source(e))??))
             }
         });
@@ -102,7 +103,8 @@ pub async fn look(contents: &Contents, data_dir: &Path) -> Result<Have> {
     Ok(have)
 }
 
-fn look_at(path: &PathBuf, regions: &[Region], size: u64) -> Result<Vec<bool>> {
+/// `regions`: bytes and CRC-32C of each.
+fn look_at(path: &Path, regions: &[(u32, u32)]) -> Result<Vec<bool>> {
     let open = OpenOptions::new().read(true).write(true).custom_flags(nix::libc::O_NOFOLLOW).open(path);
     let file = match open {
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
@@ -113,55 +115,33 @@ fn look_at(path: &PathBuf, regions: &[Region], size: u64) -> Result<Vec<bool>> {
         file => file.on("open", path)?,
     };
     // Another name of the same file is not ours to change: that of a copy made of links, or of a server before its upgrade.
-    if file.metadata().on("stat", path)?.nlink() > 1 {
+    let metadata = file.metadata().on("stat", path)?;
+    if metadata.nlink() > 1 {
         return std::fs::remove_file(path).on("remove", path).map(|()| Vec::new());
     }
-    if file.metadata().on("stat", path)?.len() != size {
+    let size = regions.iter().map(|(plain, _)| u64::from(*plain)).sum();
+    if metadata.len() != size {
         file.set_len(size).on("set the size of", path)?;
     }
-    let mut buffer = vec![0; regions.iter().map(|region| region.plain as usize).max().unwrap_or(0)];
+    let mut buffer = vec![0; regions.iter().map(|(plain, _)| *plain as usize).max().unwrap_or(0)];
     let mut offset = 0;
     let mut same = Vec::with_capacity(regions.len());
-    for region in regions {
-        let part = &mut buffer[..region.plain as usize];
+    for (plain, crc) in regions {
+        let part = &mut buffer[..*plain as usize];
         file.read_exact_at(part, offset).on("read", path)?;
-        same.push(crc32c::crc32c(part) == region.crc);
-        drop_from_cache(&file, offset, part.len());
+        same.push(crc32c::crc32c(part) == *crc);
+        // What stays is not read again soon.
+        disk::drop_from_cache(&file, offset, part.len());
         offset += part.len() as u64;
     }
     Ok(same)
-}
-
-/// What stays is not read again soon. Only a wish.
-fn drop_from_cache(file: &File, offset: u64, length: usize) {
-    if let Some(length) = std::num::NonZeroU64::new(length as u64) {
-        let _ = rustix::fs::fadvise(file, offset, Some(length), rustix::fs::Advice::DontNeed);
-    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::model::PackId;
-    use crate::repository::codec::Sha256;
     use crate::repository::manifest::{Directory, FileEntry, REGION};
-    use crate::repository::pack::FrameRef;
-
-    fn file(path: &str, content: &[u8]) -> FileEntry {
-        let frame = FrameRef { pack: 0, offset: 0, stored: 0, sha256: Sha256::of(b"") };
-        let whole = |part: &[u8]| Region::whole(frame, part.len() as u32, crc32c::crc32c(part));
-        FileEntry {
-            path: path.to_owned(),
-            mode: 0o600,
-            owner: None,
-            size: content.len() as u64,
-            mtime: 0,
-            outside: None,
-            birth: None,
-            mark: None,
-            regions: content.chunks(REGION as usize).map(whole).collect(),
-        }
-    }
 
     #[tokio::test]
     async fn what_is_the_same_stays_and_everything_else_goes() {
@@ -182,7 +162,7 @@ mod tests {
             packs: vec![PackId([0; 16])],
             directories: ["base", "base/1"].map(|path| Directory { path: path.to_owned(), mode: 0o700 }).to_vec(),
             files: ["base/1/same", "base/1/changed", "base/1/link", "base/1/new"]
-                .map(|path| file(path, &large))
+                .map(|path| FileEntry::of(path, &large))
                 .to_vec(),
             ..Contents::default()
         };

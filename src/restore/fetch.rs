@@ -14,6 +14,7 @@ use super::delta::Have;
 use super::layout::{control_file_aside, inside, set_mode};
 use super::outside;
 use super::sum::Sum;
+use crate::disk;
 use crate::error::{Error, IoContext, Result};
 use crate::events::{Event, Events};
 use crate::model::{BackupId, PackId};
@@ -344,10 +345,8 @@ fn take_range(repository: &Repository, range: &Range, bytes: &Bytes, sums: &[Sum
 fn write(into: &Into, piece: &Piece, file: &File, at: usize, bytes: &[u8]) -> Result<()> {
     let offset = piece.offset + at as u64;
     file.write_all_at(bytes, offset).on("write", &into.paths[piece.file].0)?;
-    if let Some(length) = std::num::NonZeroU64::new(bytes.len() as u64) {
-        // Starts writing back now, so that the sync at the end finds little left to do. Only a wish: errors show then.
-        let _ = rustix::fs::fadvise(file, offset, Some(length), rustix::fs::Advice::DontNeed);
-    }
+    // Starts writing back now, so that the sync at the end finds little left to do.
+    disk::drop_from_cache(file, offset, bytes.len());
     into.progress.add(bytes.len() as u64);
     Ok(())
 }

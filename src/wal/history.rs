@@ -59,6 +59,11 @@ impl History {
         self.switches.iter().find(|switch| switch.timeline == timeline).map(|switch| Some(switch.at))
     }
 
+    /// Whether what `timeline` has up to `lsn` is on the way to ours.
+    pub fn has(&self, timeline: Timeline, lsn: Lsn) -> bool {
+        self.end_of(timeline).is_some_and(|end| end.is_none_or(|end| lsn <= end))
+    }
+
     /// The timelines on the way, oldest first, with where each begins (zero for the first) and ends.
     pub fn spans(&self) -> impl DoubleEndedIterator<Item = (Timeline, Lsn, Option<Lsn>)> + '_ {
         let begins = std::iter::once(Lsn(0)).chain(self.switches.iter().map(|switch| switch.at));

@@ -37,7 +37,7 @@ async fn an_encrypted_store_keeps_the_rules() {
     let recipient = identity.to_public().to_string().parse().expect("a recipient");
     let memory: Arc<dyn Store> = Arc::new(Adapter::memory());
     let identities = Arc::new(move || Ok(Some(secret.clone())));
-    let vault: Arc<dyn Store> = Arc::new(Vault::new(Arc::clone(&memory), identities, None));
+    let vault: Arc<dyn Store> = Arc::new(Vault::new(Arc::clone(&memory), identities));
     let clock = Clock::system();
     Repository::make(Arc::clone(&vault), Codec::default(), &[recipient], &clock).await.expect("made");
     conformance::run(&*vault, "c").await.expect("conforms");

@@ -11,7 +11,7 @@ use crate::repository::vault::{Encryption, Key, Vault};
 use crate::storage::Policy;
 
 pub async fn run(setup: &Setup, command: Command) -> Result<i32> {
-    let vault = setup.vault(&setup.location(None)?, Policy::default(), None)?;
+    let vault = setup.vault(&setup.location(None)?, Policy::default())?;
     let repository = Repository::open(Arc::new(vault.clone()), &setup.clock).await?;
     let Some(encryption) = repository.descriptor().encryption.clone() else {
         return Err(Error::refused(format!("{} is not encrypted: it has no key", repository.address()))

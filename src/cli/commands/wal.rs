@@ -28,9 +28,10 @@ const FETCH_PATIENCE: Duration = Duration::from_secs(300);
 pub async fn push(setup: &Setup, args: args::WalPush) -> Result<i32> {
     end_with_parent()?;
     let data_dir = data_dir_of(&args.path)?;
-    let location = setup.location(None)?;
-    let address = setup.bare_store(&location)?.url("");
-    let vault = setup.vault(&location, Policy::default(), known(&data_dir, address.trim_end_matches('/'))?)?;
+    let vault = setup.vault(&setup.location(None)?, Policy::default())?;
+    if let Some(known) = known(&data_dir, vault.url("").trim_end_matches('/'))? {
+        vault.suppose(known);
+    }
     let store: Arc<dyn Store> = Arc::new(vault.clone());
     let timeline = match name_of(&args.path)? {
         WalFileName::Segment(name) => Some(name.timeline),

@@ -77,9 +77,13 @@ impl std::fmt::Debug for Vault {
 }
 
 impl Vault {
-    /// `known`: of a repository whose descriptor was read before.
-    pub fn new(inner: Arc<dyn Store>, identities: Identities, known: Option<Known>) -> Vault {
-        Vault { inner, identities, state: Arc::new(Mutex::new(State::Unknown(known))) }
+    pub fn new(inner: Arc<dyn Store>, identities: Identities) -> Vault {
+        Vault { inner, identities, state: Arc::new(Mutex::new(State::Unknown(None))) }
+    }
+
+    /// Takes what was noted of a repository whose descriptor was read before, so that nothing need be asked.
+    pub fn suppose(&self, known: Known) {
+        *self.state.lock().unwrap_or_else(PoisonError::into_inner) = State::Unknown(Some(known));
     }
 
     fn state(&self) -> State {
