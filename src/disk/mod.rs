@@ -2,6 +2,7 @@
 //!
 //! An fsync that fails is always an error: the kernel may have dropped the data, so nobody may be told it is safe.
 
+mod flush;
 mod read;
 
 use std::fs::{File, OpenOptions};
@@ -11,6 +12,7 @@ use std::path::{Path, PathBuf};
 
 use crate::error::{Error, IoContext, Kind, Result};
 
+pub use flush::Flusher;
 pub use read::UncachedFile;
 
 /// Writes a file so that after a crash its name shows the old content or the new, never a part: temporary file in the

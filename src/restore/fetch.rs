@@ -1,6 +1,7 @@
 //! Bringing files back: frames are fetched in ranges that lie side by side in a pack, many at once, checked, and written
 //! to their places in any order.
 
+use std::collections::HashSet;
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
@@ -13,8 +14,8 @@ use futures::StreamExt;
 use super::delta::Have;
 use super::layout::{control_file_aside, inside, set_mode};
 use super::outside;
-use super::sum::Sum;
-use crate::disk;
+use super::sum::{Filled, Sum};
+use crate::disk::{self, Flusher};
 use crate::error::{Error, IoContext, Result};
 use crate::events::{Event, Events};
 use crate::model::{BackupId, PackId};
@@ -181,23 +182,21 @@ async fn write_to(
         }
     }
     let total: u64 = contents.files.iter().map(|file| file.size).sum();
-    let progress = Arc::new(Progress { total, done: AtomicU64::new(have.bytes), events: events.clone() });
-    let paths = Arc::new(paths);
+    let progress = Progress { total, done: AtomicU64::new(have.bytes), events: events.clone() };
+    let into = Arc::new(Into { paths, progress, flusher: Flusher::default() });
     let Fetch { ranges, sums } = plan(contents, have);
     let work: Vec<_> = ranges
         .into_iter()
-        .map(|range| {
-            let into = Into { paths: Arc::clone(&paths), progress: Arc::clone(&progress) };
-            fetch_range(repository.clone(), range, Arc::clone(&sums), Some(into))
-        })
+        .map(|range| fetch_range(repository.clone(), range, Arc::clone(&sums), Some(Arc::clone(&into))))
         .collect();
     let mut work = futures::stream::iter(work).buffer_unordered(REQUESTS);
     while let Some(done) = work.next().await {
         done?;
     }
     drop(work);
+    into.flusher.end().map_err(|e| Error::local("could not sync what was restored", e))?;
     // What its owner must not write to could not be filled with that mode.
-    let read_only = paths.iter().filter(|(_, mode)| mode & WRITABLE == 0);
+    let read_only = into.paths.iter().filter(|(_, mode)| mode & WRITABLE == 0);
     read_only.into_iter().try_for_each(|(path, mode)| set_mode(path, *mode))
 }
 
@@ -220,7 +219,10 @@ pub(super) fn plan(contents: &Contents, have: &Have) -> Fetch {
             offset += u64::from(region.plain);
         }
     }
-    pieces.sort_by_key(|piece| (piece.frame.pack, piece.frame.offset));
+    // Packs with patches first: a region is whole, and can be written to the disk in one go, when what they patch comes.
+    let patches = contents.files.iter().flat_map(|file| &file.regions).flat_map(|region| &region.patches);
+    let patching: HashSet<u32> = patches.map(|patch| patch.frame.pack).collect();
+    pieces.sort_by_key(|piece| (!patching.contains(&piece.frame.pack), piece.frame.pack, piece.frame.offset));
     let mut ranges: Vec<Range> = Vec::new();
     for piece in pieces {
         let frame = piece.frame;
@@ -256,14 +258,15 @@ fn add_region(pieces: &mut Vec<Piece>, sums: &mut Vec<Sum>, (file, offset): (usi
 
 /// Where files go.
 struct Into {
-    paths: Arc<Vec<(PathBuf, u32)>>,
-    progress: Arc<Progress>,
+    paths: Vec<(PathBuf, u32)>,
+    progress: Progress,
+    flusher: Flusher,
 }
 
 /// Reads a range and checks every frame in it; writes what they hold, if told where to.
-async fn fetch_range(repository: Repository, range: Range, sums: Arc<Vec<Sum>>, into: Option<Into>) -> Result<()> {
+async fn fetch_range(repository: Repository, range: Range, sums: Arc<Vec<Sum>>, into: Option<Arc<Into>>) -> Result<()> {
     let bytes = repository.read_pack(range.pack, range.start..range.end).await?;
-    let take = move || take_range(&repository, &range, &bytes, &sums, into.as_ref());
+    let take = move || take_range(&repository, &range, &bytes, &sums, into.as_deref());
     tokio::task::spawn_blocking(take).await.map_err(|e| Error::internal("a writing thread ended").source(e))?
 }
 
@@ -322,33 +325,50 @@ fn take_range(repository: &Repository, range: &Range, bytes: &Bytes, sums: &[Sum
                 Some((_, file)) => file,
                 None => open(&into.paths[piece.file].0, into.paths[piece.file].1)?,
             };
-            stretches(piece.part, &plain, |at, bytes| write(into, piece, &file, at, bytes))?;
+            stretches(piece.part, &plain, |at, bytes| into.write(piece, &file, at, bytes))?;
             open_file = Some((piece.file, file));
         }
-        if let Part::Pages { sum, .. } = piece.part {
-            stretches(piece.part, &plain, |at, bytes| {
-                sums[sum].add(at, bytes);
-                Ok(())
-            })?;
-            if !sums[sum].frame_is_done() {
-                let why = format!(
-                    "a region whose last frame read is at {} is not what the manifest says",
-                    piece.frame.offset
-                );
+        let filled = match piece.part {
+            Part::Whole { .. } => Filled::Wholly,
+            Part::Pages { sum, .. } => {
+                stretches(piece.part, &plain, |at, bytes| {
+                    sums[sum].add(at, bytes);
+                    Ok(())
+                })?;
+                sums[sum].frame_is_done()
+            }
+        };
+        match (filled, into, &open_file) {
+            (Filled::Wrongly, ..) => {
+                let last = piece.frame.offset;
+                let why = format!("a region whose last frame read is at {last} is not what the manifest says");
                 return Err(repository.corrupt(&key, why));
             }
+            (Filled::Wholly, Some(into), Some((_, file))) => into.region_is_written(piece, file, sums)?,
+            _ => (),
         }
     }
     Ok(())
 }
 
-fn write(into: &Into, piece: &Piece, file: &File, at: usize, bytes: &[u8]) -> Result<()> {
-    let offset = piece.offset + at as u64;
-    file.write_all_at(bytes, offset).on("write", &into.paths[piece.file].0)?;
-    // Starts writing back now, so that the sync at the end finds little left to do.
-    disk::drop_from_cache(file, offset, bytes.len());
-    into.progress.add(bytes.len() as u64);
-    Ok(())
+impl Into {
+    fn write(&self, piece: &Piece, file: &File, at: usize, bytes: &[u8]) -> Result<()> {
+        let offset = piece.offset + at as u64;
+        file.write_all_at(bytes, offset).on("write", &self.paths[piece.file].0)?;
+        self.progress.add(bytes.len() as u64);
+        Ok(())
+    }
+
+    /// Starts writing back now, so that the sync at the end finds little left to do: all of a region at once, not its pages as
+    /// they come.
+    fn region_is_written(&self, piece: &Piece, file: &File, sums: &[Sum]) -> Result<()> {
+        let length = match piece.part {
+            Part::Whole { plain, .. } => plain as usize,
+            Part::Pages { sum, .. } => sums[sum].plain(),
+        };
+        disk::drop_from_cache(file, piece.offset, length);
+        self.flusher.wrote(file, length as u64).on("sync", &self.paths[piece.file].0)
+    }
 }
 
 fn open(path: &Path, mode: u32) -> Result<File> {

@@ -46,10 +46,31 @@ impl Sum {
         self.so_far.fetch_xor(apply(&MOVES[behind], crc32c::crc32c(bytes)), Ordering::Relaxed);
     }
 
-    /// Whether the region is right, once its last frame is there.
-    pub fn frame_is_done(&self) -> bool {
-        self.frames_left.fetch_sub(1, Ordering::AcqRel) > 1 || self.so_far.load(Ordering::Acquire) == self.expected
+    /// Bytes of the region.
+    pub fn plain(&self) -> usize {
+        self.plain
     }
+
+    /// Takes note that all of a frame was taken up.
+    pub fn frame_is_done(&self) -> Filled {
+        if self.frames_left.fetch_sub(1, Ordering::AcqRel) > 1 {
+            return Filled::Partly;
+        }
+        match self.so_far.load(Ordering::Acquire) == self.expected {
+            true => Filled::Wholly,
+            false => Filled::Wrongly,
+        }
+    }
+}
+
+/// What has become of a region.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Filled {
+    /// Other frames of it are still to come.
+    Partly,
+    Wholly,
+    /// All frames are there, and do not add up to what was expected.
+    Wrongly,
 }
 
 #[cfg(test)]
@@ -61,12 +82,15 @@ mod tests {
         let content: Vec<u8> = (0..REGION as u32).map(|n| (n.wrapping_mul(n) / 3) as u8).collect();
         for pages in [1, 2, 5, PAGES] {
             let content = &content[..pages * PAGE];
+            let wrong = Sum::new(crc32c::crc32c(content) ^ 1, content.len() as u32, 1);
+            wrong.add(0, content);
+            assert_eq!(wrong.frame_is_done(), Filled::Wrongly);
             let sum = Sum::new(crc32c::crc32c(content), content.len() as u32, 2);
             let middle = pages / 2 * PAGE;
             sum.add(middle, &content[middle..]);
-            assert!(sum.frame_is_done());
+            assert_eq!(sum.frame_is_done(), Filled::Partly);
             sum.add(0, &content[..middle]);
-            assert!(sum.frame_is_done());
+            assert_eq!(sum.frame_is_done(), Filled::Wholly);
         }
     }
 }
