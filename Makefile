@@ -1,5 +1,5 @@
 # What there is to run. `make demo` and `make test` install what they miss by themselves.
-.PHONY: demo test lint torture bench bench-increments install clean
+.PHONY: demo test lint torture large bench bench-increments install clean
 
 demo: ## watch a database survive its machine
 	scripts/setup demo
@@ -15,6 +15,9 @@ lint:
 
 torture: ## kill machines under load, again and again: ROUNDS=50, SEED=…
 	PERENNIAL_TORTURE_ROUNDS=$(or $(ROUNDS),50) $(if $(SEED),PERENNIAL_SEED=$(SEED)) scripts/test --test torture -- --ignored --nocapture --test-threads=1
+
+large: ## a hundred thousand segments and a thousand backups: list, verify, prune, copy
+	scripts/test --test large -- --ignored --nocapture
 
 bench: ## Perennial beside pgBackRest and WAL-RUS, and the cost of commits; takes half an hour
 	benches/compare/setup
