@@ -73,6 +73,8 @@ pub enum Command {
     Unpin(Unpin),
     /// Copy the repository to a second place, or what is new of it since the last copy
     Copy(Copy),
+    /// Restore into a repository of its own: a second database that goes its own way from there
+    Clone(Clone),
     /// The key of an encrypted repository
     #[command(subcommand)]
     Key(Key),
@@ -497,6 +499,17 @@ pub struct Copy {
     /// PERENNIAL_TO_AWS_ENDPOINT_URL
     #[arg(long, value_name = "URL")]
     pub to: Location,
+}
+
+#[derive(Debug, ClapArgs)]
+pub struct Clone {
+    /// Address of the clone's repository: an empty place. Settings of its store that differ are named PERENNIAL_TO_…
+    #[arg(long, value_name = "URL")]
+    pub to: Location,
+    #[command(flatten)]
+    pub codec: CodecArgs,
+    #[command(flatten)]
+    pub restore: Restore,
 }
 
 #[derive(Debug, Subcommand)]

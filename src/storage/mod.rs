@@ -12,6 +12,7 @@ mod failure;
 pub mod faulty;
 mod location;
 mod probe;
+mod read_only;
 mod retry;
 mod s3;
 
@@ -29,6 +30,7 @@ use crate::model::Timestamp;
 pub use adapter::Adapter;
 pub use location::{Location, Scheme};
 pub use probe::probe;
+pub use read_only::ReadOnly;
 pub use retry::{Policy, Retrying};
 pub use s3::S3Settings;
 

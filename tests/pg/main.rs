@@ -16,6 +16,7 @@ mod support;
 mod agent;
 mod beside;
 mod boots;
+mod clones;
 mod copies;
 mod damage;
 mod delta;

@@ -2,6 +2,7 @@
 
 mod agent;
 mod backup;
+mod clone;
 mod copy;
 mod demo;
 mod drill;
@@ -42,6 +43,7 @@ pub fn dispatch(args: Args) -> Result<i32> {
         Command::Prune(args) => wide(prune::run(&setup, args)),
         Command::Drill(args) => drill::run(&setup, args),
         Command::Copy(args) => wide(copy::run(&setup, args)),
+        Command::Clone(args) => clone::run(&setup, args),
         Command::Key(args) => wide(key::run(&setup, args)),
         Command::Pin(args) => wide(prune::pin(&setup, args)),
         Command::Unpin(args) => wide(prune::unpin(&setup, args)),

@@ -17,31 +17,7 @@ pub fn run(setup: &Setup, args: args::Restore) -> Result<i32> {
         identity::drop_root(&data_dir)?;
     }
     wide(async {
-        let location = setup.location(None)?;
-        let options = restore::Options {
-            backup: args.backup,
-            target: target(args.target),
-            inclusive: !args.exclusive,
-            action: match args.action {
-                ActionArg::Pause => Action::Pause,
-                ActionArg::Promote => Action::Promote,
-                ActionArg::Shutdown => Action::Shutdown,
-            },
-            generation: args.generation,
-            timeline: args.timeline,
-            tablespace_map: tablespace_map(&args.tablespace)?,
-            overwrite: match (args.force, args.delta) {
-                (true, _) => Overwrite::Empty,
-                (_, true) => Overwrite::Differences,
-                _ => Overwrite::Never,
-            },
-            keep_archiving: args.keep_archiving,
-            fetch_command: callback(&setup.global, &location, "fetch")?,
-            writer: None,
-            // Only what is asked for: the configuration file is for the machine that is the database.
-            beside: apart(args.beside, &data_dir)?,
-            data_dir,
-        };
+        let options = options(setup, &args, data_dir)?;
         let repository = setup.repository().await?;
         let choice = match args.dry_run {
             true => restore::choose(&repository, &options).await?,
@@ -69,12 +45,41 @@ pub fn run(setup: &Setup, args: args::Restore) -> Result<i32> {
     })
 }
 
-fn target(args: TargetArgs) -> Target {
+/// What `restore` is asked to do.
+pub(super) fn options(setup: &Setup, args: &args::Restore, data_dir: PathBuf) -> Result<restore::Options> {
+    let location = setup.location(None)?;
+    Ok(restore::Options {
+        backup: args.backup,
+        target: target(&args.target),
+        inclusive: !args.exclusive,
+        action: match args.action {
+            ActionArg::Pause => Action::Pause,
+            ActionArg::Promote => Action::Promote,
+            ActionArg::Shutdown => Action::Shutdown,
+        },
+        generation: args.generation,
+        timeline: args.timeline,
+        tablespace_map: tablespace_map(&args.tablespace)?,
+        overwrite: match (args.force, args.delta) {
+            (true, _) => Overwrite::Empty,
+            (_, true) => Overwrite::Differences,
+            _ => Overwrite::Never,
+        },
+        keep_archiving: args.keep_archiving,
+        fetch_command: callback(&setup.global, &location, "fetch")?,
+        writer: None,
+        // Only what is asked for: the configuration file is for the machine that is the database.
+        beside: apart(args.beside.clone(), &data_dir)?,
+        data_dir,
+    })
+}
+
+fn target(args: &TargetArgs) -> Target {
     match args {
-        TargetArgs { to_time: Some(time), .. } => Target::Time(time),
-        TargetArgs { to_lsn: Some(lsn), .. } => Target::Lsn(lsn),
-        TargetArgs { to_xid: Some(xid), .. } => Target::Xid(xid),
-        TargetArgs { to_name: Some(name), .. } => Target::Name(name),
+        TargetArgs { to_time: Some(time), .. } => Target::Time(*time),
+        TargetArgs { to_lsn: Some(lsn), .. } => Target::Lsn(*lsn),
+        TargetArgs { to_xid: Some(xid), .. } => Target::Xid(*xid),
+        TargetArgs { to_name: Some(name), .. } => Target::Name(name.clone()),
         TargetArgs { immediate: true, .. } => Target::Immediate,
         TargetArgs { before_gap: true, .. } => Target::BeforeGap,
         _ => Target::Newest,
