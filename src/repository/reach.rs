@@ -3,6 +3,8 @@
 //! Pure. Restore plans by it, `wal fetch` answers by it, `list` shows it; retention and verify will walk it too, so that
 //! they can never disagree about what a restore needs.
 
+use std::sync::OnceLock;
+
 use super::manifest::BackupHead;
 use super::{Lineage, WalIndex, WalPlace};
 use crate::model::{BackupId, Generation, Lsn, Timeline, Timestamp};
@@ -15,6 +17,28 @@ pub struct View<'a> {
     pub lineage: &'a Lineage,
     pub index: &'a WalIndex,
     pub history: History,
+    /// Oldest first; where they begin, where they end and their numbers only grow.
+    spans: Vec<Span>,
+    /// Found when they are first asked for: a repository of years is walked once, not for each backup.
+    runs: OnceLock<Vec<Run>>,
+}
+
+/// A timeline on the way, and its segments on it.
+#[derive(Debug, Clone, Copy)]
+struct Span {
+    timeline: Timeline,
+    begin: Lsn,
+    first: u64,
+    last: u64,
+}
+
+/// Segments one behind the other without a hole, and what ends them.
+#[derive(Debug, Clone)]
+struct Run {
+    first: u64,
+    /// The first that cannot be gone past.
+    stop: u64,
+    coverage: Coverage,
 }
 
 /// How far WAL goes without a hole.
@@ -59,7 +83,13 @@ fn as_text<S: serde::Serializer>(name: &Option<SegmentName>, s: S) -> Result<S::
 impl<'a> View<'a> {
     /// The view towards `timeline`; `None` when the lineage knows no such timeline.
     pub fn new(lineage: &'a Lineage, index: &'a WalIndex, timeline: Timeline) -> Option<View<'a>> {
-        Some(View { lineage, index, history: index.history(timeline)? })
+        let (history, size) = (index.history(timeline)?, lineage.tip().segment_size);
+        let span = |(timeline, begin, end): (Timeline, Lsn, Option<Lsn>)| {
+            let last = end.map_or(u64::MAX, |end| size.number_before(end));
+            Span { timeline, begin, first: size.number_at(begin), last }
+        };
+        let spans = history.spans().map(span).collect();
+        Some(View { lineage, index, history, spans, runs: OnceLock::new() })
     }
 
     pub fn segment_size(&self) -> SegmentSize {
@@ -68,16 +98,24 @@ impl<'a> View<'a> {
 
     /// Whether segment `number` of `timeline` lies on the way.
     pub fn is_on_the_way(&self, timeline: Timeline, number: u64) -> bool {
-        let size = self.segment_size();
-        self.history.spans().any(|(of, begin, end)| {
-            of == timeline && number >= size.number_at(begin) && end.is_none_or(|end| number <= size.number_before(end))
-        })
+        self.span(timeline).is_some_and(|span| span.first <= number && number <= span.last)
+    }
+
+    fn span(&self, timeline: Timeline) -> Option<&Span> {
+        let place = self.spans.binary_search_by_key(&timeline, |span| span.timeline).ok()?;
+        self.spans.get(place)
+    }
+
+    /// The timelines to which a segment on the way may belong, newest first.
+    fn candidates(&self, number: u64) -> impl Iterator<Item = Timeline> {
+        let begun = self.spans.partition_point(|span| span.first <= number);
+        self.spans[..begun].iter().rev().take_while(move |span| number <= span.last).map(|span| span.timeline)
     }
 
     /// Where a segment on the way is kept. Of a timeline's first segment, which repeats the ancestor's up to the point
     /// where that was left, a part that ends before that point is of no use: the ancestor has more.
     pub fn locate(&self, timeline: Timeline, number: u64) -> Option<WalPlace> {
-        let begin = self.history.spans().find(|(of, ..)| *of == timeline).map(|(_, begin, _)| begin)?;
+        let begin = self.span(timeline)?.begin;
         let usable = |place: &WalPlace| place.through(self.end_of_segment(number)) > begin;
         self.index.segment(timeline, number).filter(usable).filter(|_| self.is_on_the_way(timeline, number))
     }
@@ -86,46 +124,74 @@ impl<'a> View<'a> {
         self.segment_size().start_of(number + 1)
     }
 
+    /// The first segment on the way from `number` on of which there is anything.
+    fn next_from(&self, number: u64) -> Option<u64> {
+        let first = |span: &Span| self.index.first_within(span.timeline, number.max(span.first), span.last);
+        self.spans.iter().filter_map(first).min()
+    }
+
     /// Whether anything on the way lies after segment `number`.
     pub fn has_wal_after(&self, number: u64) -> bool {
-        self.history.spans().any(|(timeline, ..)| {
-            let later = self.index.segments(timeline).rev().take_while(|(later, _)| *later > number);
-            later.into_iter().any(|(later, _)| self.is_on_the_way(timeline, later))
-        })
+        self.next_from(number + 1).is_some()
     }
 
     /// Follows the WAL from `from` as recovery would: of the timelines a segment may belong to, the newest that has it.
     pub fn coverage(&self, from: Lsn) -> Coverage {
-        let size = self.segment_size();
-        let spans: Vec<_> = self.history.spans().collect();
-        let mut number = size.number_at(from);
-        let mut last = None;
-        loop {
-            let mut candidates = spans.iter().rev().filter(|(timeline, ..)| self.is_on_the_way(*timeline, number));
-            let wanted = candidates.next().map_or(self.history.timeline, |(timeline, ..)| *timeline);
-            let next = SegmentName::new(wanted, number, size);
-            let Some(place) = self.locate(wanted, number) else {
-                // The ancestor's own segment goes as far as the ancestor does.
-                let older = candidates.find_map(|(timeline, _, end)| {
-                    let through = self.locate(*timeline, number)?.through(self.end_of_segment(number));
-                    Some((SegmentName::new(*timeline, number, size), end.map_or(through, |end| through.min(end))))
-                });
-                let (last, through) = match older {
-                    Some((name, through)) => (Some(name), through),
-                    None => (last, size.start_of(number)),
-                };
-                return Coverage { through, last, next, gap: self.has_wal_after(number) };
-            };
-            last = Some(next);
-            let (through, end) = (place.through(self.end_of_segment(number)), self.end_of_segment(number));
-            // Whoever left the timeline exactly at the segment's end has read its switch record (pg_switch_wal, or a
-            // backup): what comes behind that is zeros, and may have died with the machine.
-            let is_whole = through == end || self.history.end_of(wanted) == Some(Some(end));
-            if !is_whole {
-                return Coverage { through, last, next, gap: self.has_wal_after(number) };
+        let number = self.segment_size().number_at(from);
+        let runs = self.runs.get_or_init(|| self.find_runs());
+        let run = runs.get(runs.partition_point(|run| run.stop <= number)).filter(|run| run.first <= number);
+        run.map_or_else(|| self.stop_at(number, None), |run| run.coverage.clone())
+    }
+
+    fn find_runs(&self) -> Vec<Run> {
+        let mut runs = Vec::new();
+        let mut next = self.next_from(0);
+        while let Some(first) = next {
+            let (mut stop, mut last) = (first, None);
+            while let Some(name) = self.whole(stop) {
+                (stop, last) = (stop + 1, Some(name));
             }
-            number += 1;
+            if first < stop {
+                runs.push(Run { first, stop, coverage: self.stop_at(stop, last) });
+            }
+            // The one that cannot be gone past may be there in part.
+            next = self.next_from(stop + 1);
         }
+        runs
+    }
+
+    /// The timeline that recovery would read a segment of.
+    fn wanted(&self, number: u64) -> Timeline {
+        self.candidates(number).next().unwrap_or(self.history.timeline)
+    }
+
+    /// The segment that recovery would read, if it can go on behind it.
+    fn whole(&self, number: u64) -> Option<SegmentName> {
+        let wanted = self.wanted(number);
+        let end = self.end_of_segment(number);
+        let through = self.locate(wanted, number)?.through(end);
+        // Whoever left the timeline exactly at the segment's end has read its switch record (pg_switch_wal, or a
+        // backup): what comes behind that is zeros, and may have died with the machine.
+        let is_whole = through == end || self.history.end_of(wanted) == Some(Some(end));
+        is_whole.then(|| SegmentName::new(wanted, number, self.segment_size()))
+    }
+
+    /// What is covered when recovery has come as far as segment `number`, which is not whole, from the one before it.
+    fn stop_at(&self, number: u64, before: Option<SegmentName>) -> Coverage {
+        let size = self.segment_size();
+        let (wanted, end) = (self.wanted(number), self.end_of_segment(number));
+        let next = SegmentName::new(wanted, number, size);
+        let of = |timeline: Timeline| Some((timeline, self.locate(timeline, number)?.through(end)));
+        // The ancestor's own segment goes as far as the ancestor does.
+        let (last, through) = match self.candidates(number).find_map(of) {
+            Some((timeline, through)) => {
+                let left = self.history.end_of(timeline).flatten();
+                let through = left.filter(|_| timeline != wanted).map_or(through, |left| through.min(left));
+                (Some(SegmentName::new(timeline, number, size)), through)
+            }
+            None => (before, size.start_of(number)),
+        };
+        Coverage { through, last, next, gap: self.has_wal_after(number) }
     }
 
     /// Whether what a generation had on a timeline up to a position is on the way.
@@ -178,7 +244,12 @@ impl<'a> View<'a> {
 }
 
 #[cfg(test)]
+#[path = "../../tests/support/chance.rs"]
+mod chance;
+
+#[cfg(test)]
 mod tests {
+    use super::chance::Chance;
     use super::*;
     use crate::model::{RepositoryId, SystemId, WriteId};
     use crate::repository::log::LogRun;
@@ -359,6 +430,79 @@ mod tests {
         assert_eq!(windows.len(), 2, "one on either side of the gap");
         assert_eq!(windows[0].missing, Some(coverage.next));
         assert_eq!(windows[1].missing, None);
+    }
+
+    /// Segment by segment, as recovery goes.
+    fn walked(view: &View<'_>, from: Lsn) -> Coverage {
+        let size = view.segment_size();
+        let (mut number, mut last) = (size.number_at(from), None);
+        loop {
+            let spans: Vec<_> = view.history.spans().collect();
+            let belongs = |begin: Lsn, end: Option<Lsn>| {
+                number >= size.number_at(begin) && end.is_none_or(|end| number <= size.number_before(end))
+            };
+            let candidates: Vec<_> = spans.iter().rev().filter(|(_, begin, end)| belongs(*begin, *end)).collect();
+            let end = size.start_of(number + 1);
+            let of = |timeline: Timeline, begin: Lsn| {
+                view.index.segment(timeline, number).map(|place| place.through(end)).filter(|through| *through > begin)
+            };
+            let wanted = candidates.first().map_or(view.history.timeline, |(timeline, ..)| *timeline);
+            let next = SegmentName::new(wanted, number, size);
+            let later = |timeline: Timeline| view.index.segments(timeline).map(move |(number, _)| (timeline, number));
+            let on_the_way = |(timeline, number): (Timeline, u64)| view.is_on_the_way(timeline, number);
+            let mut all = spans.iter().flat_map(|(timeline, ..)| later(*timeline));
+            let gap = all.any(|(timeline, later)| later > number && on_the_way((timeline, later)));
+            let found = candidates.first().and_then(|(timeline, begin, _)| of(*timeline, *begin));
+            match found {
+                Some(through) if through == end || view.history.end_of(wanted) == Some(Some(end)) => {
+                    (number, last) = (number + 1, Some(next));
+                }
+                Some(through) => return Coverage { through, last: Some(next), next, gap },
+                None => {
+                    let older = candidates.iter().skip(1).find_map(|(timeline, begin, end)| {
+                        let through = of(*timeline, *begin)?;
+                        Some((SegmentName::new(*timeline, number, size), end.map_or(through, |end| through.min(end))))
+                    });
+                    let nothing = (last, size.start_of(number));
+                    let (last, through) = older.map_or(nothing, |(name, through)| (Some(name), through));
+                    return Coverage { through, last, next, gap };
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_covered_is_what_recovery_would_find_on_its_way() {
+        for seed in 0..400 {
+            let mut chance = Chance(seed);
+            let (mut index, mut switches, mut at) = (WalIndex::default(), Vec::new(), 2 * SEGMENT);
+            let timelines = 1 + chance.below(5) as u32;
+            for number in 1..=timelines {
+                let end = at + chance.below(4) * SEGMENT + [0, 100, SEGMENT / 2][chance.below(3) as usize];
+                for segment in at / SEGMENT..end / SEGMENT + chance.below(3) {
+                    if chance.below(6) > 0 {
+                        let source = WalSource::Object { stored: 1 };
+                        let name = SegmentName::new(Timeline(number), segment, size());
+                        index.add_segment(name, size(), WalPlace { generation: Generation(number), source });
+                    }
+                }
+                let part = end / SEGMENT * SEGMENT;
+                if chance.below(2) == 0 {
+                    index.add_run(run(number, number, part, part + chance.below(SEGMENT)), size());
+                }
+                if number < timelines {
+                    switches.push(Switch { timeline: Timeline(number), at: Lsn(end) });
+                    index.add_history(History { timeline: Timeline(number + 1), switches: switches.clone() });
+                }
+                at = end;
+            }
+            let lineage = lineage(&(1..=timelines).collect::<Vec<_>>());
+            let view = View::new(&lineage, &index, Timeline(timelines)).expect("known");
+            for segment in 1..30 {
+                let from = Lsn(segment * SEGMENT + 40);
+                assert_eq!(view.coverage(from), walked(&view, from), "seed {seed}, from {from}");
+            }
+        }
     }
 
     #[test]

@@ -57,6 +57,12 @@ impl WalIndex {
         self.segments.get(&timeline).into_iter().flatten().map(|(number, place)| (*number, *place))
     }
 
+    /// The first segment of a timeline between two numbers, both included.
+    pub fn first_within(&self, timeline: Timeline, first: u64, last: u64) -> Option<u64> {
+        let segments = self.segments.get(&timeline).filter(|_| first <= last)?;
+        segments.range(first..=last).next().map(|(number, _)| *number)
+    }
+
     /// The history of a timeline. Timeline 1 has no file; any other without one cannot be followed.
     pub fn history(&self, timeline: Timeline) -> Option<History> {
         let root = || (timeline == Timeline(1)).then(|| History::root(timeline));

@@ -2,6 +2,7 @@
 //! are looked at.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 use futures::{StreamExt, TryStreamExt};
 
@@ -41,8 +42,12 @@ pub struct Census {
     pub listed: Vec<WalListing>,
     /// The way to the newest state; `None` while there is no WAL.
     pub main: Option<Branch>,
+    /// How far the newest state's history is reached from each backup that lies on it.
+    coverages: BTreeMap<BackupId, Coverage>,
     /// For each backup that is not on it, the history that it belongs to, if any leads on from it.
-    pub left_behind: BTreeMap<BackupId, Branch>,
+    pub left_behind: BTreeMap<BackupId, Arc<Branch>>,
+    /// Which generations have stored the history of a timeline.
+    histories: BTreeSet<(Timeline, Generation)>,
 }
 
 impl Census {
@@ -54,26 +59,35 @@ impl Census {
         let objects = repository.backup_objects().await?;
         let ids = objects.iter().filter(|(_, of)| of.manifest.is_some()).map(|(id, _)| *id);
         let reads: Vec<_> = ids.map(|id| repository.backup_head(id)).collect();
-        let heads = futures::stream::iter(reads).buffered(PARALLEL).try_collect().await.map_err(|e: Error| {
+        let heads: Vec<BackupHead> = futures::stream::iter(reads).buffered(PARALLEL).try_collect().await.map_err(|e: Error| {
             e.hint("nothing is deleted while a manifest cannot be read: bring it back, or delete that backup's directory by hand")
         })?;
         let listed = repository.list_wal(claims.iter().map(|claim| claim.generation)).await?;
         let main = branch(repository, &claims, newest, &listed).await?;
-        let mut census = Census { newest, claims, objects, heads, listed, main, left_behind: BTreeMap::new() };
+        let coverages = match &main {
+            Some(main) => coverages(&main.view()?, &heads),
+            None => BTreeMap::new(),
+        };
+        let histories = histories(&listed);
+        let left_behind = BTreeMap::new();
+        let mut census = Census { newest, claims, objects, heads, listed, main, coverages, left_behind, histories };
         census.find_left_behind(repository).await?;
         Ok(Some(census))
     }
 
     async fn find_left_behind(&mut self, repository: &Repository) -> Result<()> {
-        for head in self.heads.clone() {
-            if self.main_coverage(&head)?.is_some() {
-                continue;
-            }
+        let mut branches: BTreeMap<Generation, Option<Arc<Branch>>> = BTreeMap::new();
+        for head in self.heads.iter().filter(|head| !self.coverages.contains_key(&head.backup_id)) {
             let mut ends: Vec<Generation> = tips(&self.claims);
             ends.push(head.generation);
             for end in ends.into_iter().filter(|end| *end != self.newest) {
-                let Some(branch) = branch(repository, &self.claims, end, &self.listed).await? else { continue };
-                if branch.view()?.coverage_of(&head).is_some() {
+                let known = match branches.get(&end) {
+                    Some(known) => known.clone(),
+                    None => branch(repository, &self.claims, end, &self.listed).await?.map(Arc::new),
+                };
+                branches.insert(end, known.clone());
+                let Some(branch) = known else { continue };
+                if branch.view()?.coverage_of(head).is_some() {
                     self.left_behind.insert(head.backup_id, branch);
                     break;
                 }
@@ -83,11 +97,8 @@ impl Census {
     }
 
     /// How far the newest state's history is reached from a backup, if it lies on it.
-    pub fn main_coverage(&self, head: &BackupHead) -> Result<Option<Coverage>> {
-        match &self.main {
-            Some(main) => Ok(main.view()?.coverage_of(head)),
-            None => Ok(None),
-        }
+    pub fn main_coverage(&self, head: &BackupHead) -> Option<&Coverage> {
+        self.coverages.get(&head.backup_id)
     }
 
     /// Where and when the way to the newest state left `timeline`: when the timeline that goes on from there began. What is
@@ -104,11 +115,9 @@ impl Census {
         for ancestor in std::iter::once(timeline).chain(past) {
             let Some(place) = spans.iter().position(|(of, ..)| *of == ancestor) else { continue };
             let Some((next, fork, _)) = spans.get(place + 1) else { return Ok(unknown) };
-            let began = |listing: &&WalListing| {
-                let history = layout::wal_file(listing.generation, WalFileName::History(*next));
-                view.lineage.contains(listing.generation) && listing.entries.iter().any(|entry| entry.key == history)
-            };
-            let by = self.listed.iter().filter(began).map(|listing| listing.generation).min().and_then(claimed);
+            let of_next = self.histories.range((*next, Generation(0))..=(*next, Generation(u32::MAX)));
+            let began = of_next.map(|(_, generation)| *generation).find(|by| view.lineage.contains(*by));
+            let by = began.and_then(claimed);
             return Ok(Departure { fork: *fork, at: by.map_or(newest, |claim| claim.claimed_at) });
         }
         Ok(unknown)
@@ -144,7 +153,7 @@ impl Census {
     pub async fn candidates(&self, repository: &Repository) -> Result<Vec<Candidate>> {
         let mut candidates = Vec::new();
         for head in self.heads.iter().filter(|head| !self.is_deleted(head.backup_id)) {
-            let way = match self.main_coverage(head)? {
+            let way = match self.main_coverage(head) {
                 Some(to) => Way::Main { through: to.through },
                 None => Way::LeftBehind { at: self.left_at(head.timeline)?.at },
             };
@@ -164,6 +173,20 @@ impl Census {
         }
         Ok(candidates)
     }
+}
+
+fn coverages(view: &View<'_>, heads: &[BackupHead]) -> BTreeMap<BackupId, Coverage> {
+    heads.iter().filter_map(|head| Some((head.backup_id, view.coverage_of(head)?))).collect()
+}
+
+fn histories(listed: &[WalListing]) -> BTreeSet<(Timeline, Generation)> {
+    let names =
+        listed.iter().flat_map(|listing| &listing.entries).filter_map(|entry| layout::parse_wal_file(&entry.key));
+    let of_timelines = names.filter_map(|(generation, name)| match name {
+        WalFileName::History(timeline) => Some((timeline, generation)),
+        _ => None,
+    });
+    of_timelines.collect()
 }
 
 async fn branch(

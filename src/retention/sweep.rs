@@ -104,7 +104,7 @@ fn needs(census: &Census, plan: &Plan, needed: &[&BackupHead]) -> Result<Needs> 
     }
     for head in needed {
         let goes = !plan.verdicts.iter().any(|verdict| verdict.id == head.backup_id && verdict.stays());
-        match (census.main_coverage(head)?, census.left_behind.get(&head.backup_id)) {
+        match (census.main_coverage(head), census.left_behind.get(&head.backup_id)) {
             // A restore from it may be under way, to any point.
             (Some(_), _) if goes => needs.add_all_since(&view, head.start_lsn),
             (Some(_), _) => needs.add_backup(&view, head),
