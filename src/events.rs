@@ -61,6 +61,20 @@ pub enum Event {
         problem: String,
         cure: String,
     },
+    /// A part of the repository was read by schedule, and all is well.
+    VerifyDone {
+        part: u32,
+        parts: u32,
+        bytes: u64,
+        elapsed: Duration,
+    },
+    /// A verification by schedule found damage: the first of it, and how much more.
+    VerifyFailed {
+        problem: String,
+        consequence: String,
+        cure: String,
+        more: u64,
+    },
     /// A backup was deleted; its objects go after the grace period.
     BackupDeleted {
         id: BackupId,
@@ -190,6 +204,7 @@ impl Event {
             | HeldBack { held: true, .. }
             | Degraded { degraded: true, .. }
             | DrillFailed { .. }
+            | VerifyFailed { .. }
             | Fenced { .. } => Level::Alarm,
             Note { level, .. } => *level,
             _ => Level::Info,
@@ -228,6 +243,17 @@ impl fmt::Display for Event {
             }
             DrillFailed { backup, problem, cure } => {
                 write!(f, "the drill failed: {backup} cannot be relied on: {problem}; what helps: {cure}")
+            }
+            VerifyDone { part, parts, bytes, elapsed } => write!(
+                f,
+                "verified part {} of {parts}: {} read in {:.1} s, all sound",
+                part + 1,
+                human_bytes(*bytes),
+                elapsed.as_secs_f64()
+            ),
+            VerifyFailed { problem, consequence, cure, more } => {
+                write!(f, "the repository is damaged: {problem}; so {consequence}; what helps: {cure}")?;
+                if *more > 0 { write!(f, " (and {more} findings more: `perennial verify`)") } else { Ok(()) }
             }
             BackupDeleted { id, grace } => {
                 write!(f, "backup {id} deleted; what only it needs goes in {} h", grace.as_secs() / 3600)

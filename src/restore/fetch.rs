@@ -267,15 +267,27 @@ async fn fetch_range(repository: Repository, range: Range, sums: Arc<Vec<Sum>>, 
     tokio::task::spawn_blocking(take).await.map_err(|e| Error::internal("a writing thread ended").source(e))?
 }
 
-/// Checks of all ranges, each with the pack it is in and how many bytes it reads.
+/// A range that is read to be checked only.
+pub(super) struct Check<F> {
+    pub pack: PackId,
+    /// How many it reads.
+    pub bytes: u64,
+    /// Where the frames in it begin.
+    pub frames: Vec<u64>,
+    pub outcome: F,
+}
+
+/// Checks of all ranges.
 pub(super) fn checks(
     repository: &Repository,
     fetch: Fetch,
-) -> impl Iterator<Item = (PackId, u64, impl Future<Output = Result<()>>)> {
+) -> impl Iterator<Item = Check<impl Future<Output = Result<()>>>> {
     let (repository, sums) = (repository.clone(), fetch.sums);
-    fetch.ranges.into_iter().map(move |range| {
-        let (pack, length) = (range.pack, range.end - range.start);
-        (pack, length, fetch_range(repository.clone(), range, Arc::clone(&sums), None))
+    fetch.ranges.into_iter().map(move |range| Check {
+        pack: range.pack,
+        bytes: range.end - range.start,
+        frames: range.pieces.iter().map(|piece| piece.frame.offset).collect(),
+        outcome: fetch_range(repository.clone(), range, Arc::clone(&sums), None),
     })
 }
 

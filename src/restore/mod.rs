@@ -10,6 +10,7 @@ mod outside;
 pub mod pg_manifest;
 pub mod plan;
 mod recovery;
+mod sample;
 mod sum;
 mod target;
 mod verify;
@@ -28,6 +29,7 @@ use crate::repository::{Repository, Writer};
 
 pub use plan::{Choice, Reachable};
 pub use recovery::RecoverySettings;
+pub use sample::{Sample, verify_next};
 pub use target::{Action, Target};
 pub use verify::{Depth, Finding, Report, verify};
 
