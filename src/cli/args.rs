@@ -293,6 +293,10 @@ pub struct Restore {
     /// Timeline to follow [default: the history's newest]
     #[arg(long, value_name = "N")]
     pub timeline: Option<Timeline>,
+    /// Restore this database only, by name (or oid), with those of the system (postgres, template0, template1); may be given
+    /// several times. Of the others nothing is fetched: they can be dropped, and not be read
+    #[arg(long, value_name = "NAME", conflicts_with = "keep_archiving")]
+    pub database: Vec<String>,
     /// Put a tablespace, named by its oid or former location, into another directory
     #[arg(long, value_name = "OID|DIR=DIR")]
     pub tablespace: Vec<String>,

@@ -180,8 +180,9 @@ impl<'a> View<'a> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::{RepositoryId, SystemId, WriteId};
+    use crate::model::{SystemId, WriteId};
     use crate::repository::log::LogRun;
+    use crate::repository::manifest::backup_head as backup;
     use crate::repository::{Claim, WalPlace, WalSource};
     use crate::wal::Switch;
 
@@ -225,39 +226,6 @@ mod tests {
             index.add_history(History { timeline: Timeline(*timeline), switches });
         }
         index
-    }
-
-    fn backup(generation: u32, timeline: u32, start: u64, stop: u64) -> BackupHead {
-        BackupHead {
-            format: String::new(),
-            write_id: WriteId([0; 16]),
-            backup_id: BackupId { generation: Generation(generation), start: Lsn(start), nonce: 0 },
-            repository_id: RepositoryId([0; 16]),
-            system_id: SystemId(1),
-            generation: Generation(generation),
-            timeline: Timeline(timeline),
-            pg_major: 15,
-            pg_version: String::new(),
-            segment_size: size(),
-            region_size: 1 << 20,
-            start_lsn: Lsn(start),
-            stop_lsn: Lsn(stop),
-            started_at: Timestamp::from_unix_micros(start as i64),
-            stopped_at: Timestamp::from_unix_micros(stop as i64),
-            next_xid: 0,
-            data_checksums: true,
-            backup_label: String::new(),
-            tablespace_map: None,
-            tablespaces: Vec::new(),
-            files: 0,
-            bytes: 0,
-            stored: 0,
-            packs: 0,
-            parent: None,
-            damaged: Vec::new(),
-            damaged_pages: 0,
-            lines: crate::repository::manifest::Lines::none(),
-        }
     }
 
     #[test]

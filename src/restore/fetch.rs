@@ -21,7 +21,7 @@ use crate::model::{BackupId, PackId};
 use crate::postgres::control_file::CONTROL_FILE;
 use crate::postgres::page::PAGE;
 use crate::repository::codec::{Sha256, decompress_to};
-use crate::repository::manifest::{Directory, FileEntry, Line, Link, Pages, Region};
+use crate::repository::manifest::{Database, Directory, FileEntry, Line, Link, Pages, Region};
 use crate::repository::pack::FrameRef;
 use crate::repository::{BesideHead, Repository, layout};
 
@@ -44,6 +44,8 @@ pub struct Contents {
     /// Of a backup these are not made: the operator may map its tablespaces, which its head lists.
     pub links: Vec<Link>,
     pub files: Vec<FileEntry>,
+    /// Of a backup: the databases of the cluster. One that was taken by an older version does not say.
+    pub databases: Vec<Database>,
 }
 
 impl Contents {
@@ -80,8 +82,14 @@ impl Contents {
             Line::Dir(directory) => self.directories.push(directory),
             Line::Link(link) => self.links.push(link),
             Line::File(file) => self.files.push(file),
+            Line::Database(database) => self.databases.push(database),
             Line::End(_) => (),
         }
+    }
+
+    /// Bytes of all files.
+    pub fn bytes(&self) -> u64 {
+        self.files.iter().map(|file| file.size).sum()
     }
 
     fn check(&self, repository: &Repository, key: &str) -> Result<()> {
@@ -180,8 +188,8 @@ async fn write_to(
             set_mode(path, *mode)?;
         }
     }
-    let total: u64 = contents.files.iter().map(|file| file.size).sum();
-    let progress = Arc::new(Progress { total, done: AtomicU64::new(have.bytes), events: events.clone() });
+    let progress =
+        Arc::new(Progress { total: contents.bytes(), done: AtomicU64::new(have.bytes), events: events.clone() });
     let paths = Arc::new(paths);
     let Fetch { ranges, sums } = plan(contents, have);
     let work: Vec<_> = ranges

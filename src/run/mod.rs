@@ -278,6 +278,7 @@ impl Machine<'_> {
             action: Action::Promote,
             generation: Some(newest.generation),
             timeline: None,
+            databases: Vec::new(),
             tablespace_map: std::collections::BTreeMap::new(),
             overwrite: Overwrite::Never,
             keep_archiving: true,

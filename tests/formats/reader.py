@@ -370,7 +370,7 @@ class Repository:
             lines = {"pack": [], "dir": [], "link": [], "file": [], "end": []}
             for count, line in enumerate(text.splitlines()):
                 for kind, value in json.loads(line).items():
-                    lines[kind].append(value)
+                    lines.setdefault(kind, []).append(value)
             demand(lines["end"] == [count] == [value], key, "the end line is wrong or missing")
             counted = [len(lines["file"]), sum(file["size"] for file in lines["file"])]
             demand(counted == [head["files"], head["bytes"]], key, "a count is wrong")
