@@ -511,6 +511,10 @@ pub struct Copy {
     /// PERENNIAL_TO_AWS_ENDPOINT_URL
     #[arg(long, value_name = "URL")]
     pub to: Location,
+    /// Copy this backup alone, with the WAL that it needs itself: it can be restored to its own end there. An encrypted
+    /// repository must be opened for that
+    #[arg(long, value_name = "ID")]
+    pub backup: Option<BackupId>,
 }
 
 #[derive(Debug, Subcommand)]

@@ -80,6 +80,11 @@ impl Setup {
         self.open(location, Policy::default(), SECOND)
     }
 
+    /// What is in it, if the repository is encrypted.
+    pub fn second_vault(&self, location: &Location) -> Result<Vault> {
+        Ok(Vault::new(self.second_store(location)?, self.identities()))
+    }
+
     /// Two places must be two: not the same, and none inside the other. With settings of its own the second may be another
     /// store whose addresses look alike.
     pub fn apart_from(&self, first: &Location, second: &Location) -> Result<()> {

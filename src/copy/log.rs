@@ -50,7 +50,7 @@ impl Copy {
     async fn look(&self, generation: Generation, report: &mut Report) -> Result<Look> {
         // Segments are stored before the bound passes their entries, so those below it are listed after it.
         let bound = bound(&*self.from, generation).await?;
-        self.missing_in_order(&layout::wal_dir(generation), report).await?;
+        self.missing_in_order(&layout::wal_dir(generation), &|_| true, report).await?;
         if bound > 1 {
             let key = layout::collected(generation, bound);
             // Only a higher one makes it go.

@@ -3,6 +3,7 @@
 //! Everything is written once. docs/format.md describes every byte; keys are built and parsed in [`layout`] only.
 //! What a restore needs is answered in [`reach`] only, so that restore, retention and verify cannot disagree.
 
+mod backup_wal;
 mod beside;
 pub mod codec;
 mod descriptor;
@@ -36,6 +37,7 @@ use crate::storage::{Body, Created, Entry, Store, probe, read_small};
 
 use vault::{Encryption, Key};
 
+pub use backup_wal::BackupWal;
 pub use beside::{BesideHead, SET_ASIDE, UNFINISHED};
 pub use codec::Codec;
 pub use descriptor::Descriptor;
