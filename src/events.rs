@@ -85,6 +85,12 @@ pub enum Event {
         objects: u64,
         bytes: u64,
     },
+    /// The store did not let objects go that nobody needs.
+    DeletesRefused {
+        objects: u64,
+        bytes: u64,
+        why: String,
+    },
     BackupFailed {
         error: String,
         next_try: Duration,
@@ -194,7 +200,7 @@ impl Event {
         match self {
             BackupProgress { .. } | RestoreProgress { .. } | SegmentPushed { .. } => Level::Detail,
             StoreRetry { attempt, .. } if *attempt < 3 => Level::Detail,
-            StoreRetry { .. } | BackupFailed { .. } | Notice { .. } => Level::Warning,
+            StoreRetry { .. } | BackupFailed { .. } | DeletesRefused { .. } | Notice { .. } => Level::Warning,
             PageDamaged { .. }
             | PagesDamaged { .. }
             | WalLeftBehind { .. }
@@ -261,6 +267,11 @@ impl fmt::Display for Event {
             Pruned { backups, objects, bytes } => {
                 write!(f, "pruned: {backups} backups deleted, {objects} objects gone ({})", human_bytes(*bytes))
             }
+            DeletesRefused { objects, bytes, why } => write!(
+                f,
+                "the store does not let {objects} objects go ({}), they stay longer than the rules ask; the next prune tries again: {why}",
+                human_bytes(*bytes)
+            ),
             BackupFailed { error, next_try } => {
                 write!(f, "backup failed, next try in {} s: {error}", next_try.as_secs())
             }

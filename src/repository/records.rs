@@ -5,7 +5,7 @@ use serde::de::DeserializeOwned;
 
 use super::{DOCUMENT_MAX, Repository, document};
 use crate::error::Result;
-use crate::storage::{Body, read_small};
+use crate::storage::{Body, delete_if_allowed, read_small};
 
 /// Records that are kept of each kind that is for people.
 const KEPT: usize = 100;
@@ -16,7 +16,7 @@ impl Repository {
         self.store.create(key, &Body::from(document::write(record)?)).await?;
         let all = self.store.list_level(directory).await?.entries;
         for old in &all[..all.len().saturating_sub(KEPT)] {
-            self.store.delete(&old.key).await?;
+            delete_if_allowed(self.store(), &old.key).await?;
         }
         Ok(())
     }
