@@ -61,6 +61,20 @@ pub enum Event {
         problem: String,
         cure: String,
     },
+    /// A part of the repository was read by schedule, and all is well.
+    VerifyDone {
+        part: u32,
+        parts: u32,
+        bytes: u64,
+        elapsed: Duration,
+    },
+    /// A verification by schedule found damage: the first of it, and how much more.
+    VerifyFailed {
+        problem: String,
+        consequence: String,
+        cure: String,
+        more: u64,
+    },
     /// A backup was deleted; its objects go after the grace period.
     BackupDeleted {
         id: BackupId,
@@ -70,6 +84,12 @@ pub enum Event {
         backups: u64,
         objects: u64,
         bytes: u64,
+    },
+    /// The store did not let objects go that nobody needs.
+    DeletesRefused {
+        objects: u64,
+        bytes: u64,
+        why: String,
     },
     BackupFailed {
         error: String,
@@ -180,7 +200,7 @@ impl Event {
         match self {
             BackupProgress { .. } | RestoreProgress { .. } | SegmentPushed { .. } => Level::Detail,
             StoreRetry { attempt, .. } if *attempt < 3 => Level::Detail,
-            StoreRetry { .. } | BackupFailed { .. } | Notice { .. } => Level::Warning,
+            StoreRetry { .. } | BackupFailed { .. } | DeletesRefused { .. } | Notice { .. } => Level::Warning,
             PageDamaged { .. }
             | PagesDamaged { .. }
             | WalLeftBehind { .. }
@@ -190,6 +210,7 @@ impl Event {
             | HeldBack { held: true, .. }
             | Degraded { degraded: true, .. }
             | DrillFailed { .. }
+            | VerifyFailed { .. }
             | Fenced { .. } => Level::Alarm,
             Note { level, .. } => *level,
             _ => Level::Info,
@@ -229,12 +250,28 @@ impl fmt::Display for Event {
             DrillFailed { backup, problem, cure } => {
                 write!(f, "the drill failed: {backup} cannot be relied on: {problem}; what helps: {cure}")
             }
+            VerifyDone { part, parts, bytes, elapsed } => write!(
+                f,
+                "verified part {} of {parts}: {} read in {:.1} s, all sound",
+                part + 1,
+                human_bytes(*bytes),
+                elapsed.as_secs_f64()
+            ),
+            VerifyFailed { problem, consequence, cure, more } => {
+                write!(f, "the repository is damaged: {problem}; so {consequence}; what helps: {cure}")?;
+                if *more > 0 { write!(f, " (and {more} findings more: `perennial verify`)") } else { Ok(()) }
+            }
             BackupDeleted { id, grace } => {
                 write!(f, "backup {id} deleted; what only it needs goes in {} h", grace.as_secs() / 3600)
             }
             Pruned { backups, objects, bytes } => {
                 write!(f, "pruned: {backups} backups deleted, {objects} objects gone ({})", human_bytes(*bytes))
             }
+            DeletesRefused { objects, bytes, why } => write!(
+                f,
+                "the store does not let {objects} objects go ({}), they stay longer than the rules ask; the next prune tries again: {why}",
+                human_bytes(*bytes)
+            ),
             BackupFailed { error, next_try } => {
                 write!(f, "backup failed, next try in {} s: {error}", next_try.as_secs())
             }

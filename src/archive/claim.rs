@@ -10,7 +10,7 @@ use crate::error::{Error, IoContext, Result};
 use crate::events::{Event, Events};
 use crate::model::{Generation, RepositoryId, Timeline, WriteId};
 use crate::postgres::control_file::State;
-use crate::postgres::data_dir::OWN_DIR;
+use crate::postgres::data_dir::{OWN_DIR, refuse_partial};
 use crate::postgres::{ControlFile, version_of};
 use crate::repository::{NewWriter, Repository, Writer};
 use crate::storage::Store;
@@ -58,6 +58,7 @@ pub async fn ensure_writer(
 }
 
 async fn claim(repository: &Repository, data_dir: &Path, host: &str, events: &Events) -> Result<Writer> {
+    refuse_partial(data_dir)?;
     let version = version_of(data_dir)?;
     let control = ControlFile::read(data_dir, version)?;
     if matches!(control.state, State::InArchiveRecovery | State::ShutDownInRecovery) {

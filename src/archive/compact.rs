@@ -17,6 +17,7 @@ use crate::events::Level;
 use crate::model::Lsn;
 use crate::repository::Frame;
 use crate::repository::log::{Bound, Durable, LogRun, Position};
+use crate::storage::Refused;
 use crate::wal::{SegmentName, SegmentSize};
 
 /// How long entries stay after their segment is stored: whoever reads the log's end right now must find them.
@@ -48,7 +49,7 @@ struct Stored {
 
 enum Done {
     Stored(Stored),
-    Collected,
+    Collected(Refused),
 }
 
 /// Works beside the stream, in the stream's own task.
@@ -64,6 +65,7 @@ pub(super) struct Compactor {
     first_position: Option<Position>,
     storing: bool,
     collecting: bool,
+    told_refusal: bool,
     work: FuturesUnordered<BoxFuture<'static, Result<Done>>>,
 }
 
@@ -81,6 +83,7 @@ impl Compactor {
             first_position: None,
             storing: false,
             collecting: false,
+            told_refusal: false,
             work: FuturesUnordered::new(),
         }
     }
@@ -136,10 +139,7 @@ impl Compactor {
         self.first_position = Some(last.end);
         self.first_entry = bound.number;
         self.collecting = true;
-        let work = async move {
-            repository.collect_log(generation, from, &bound).await?;
-            Ok(Done::Collected)
-        };
+        let work = async move { Ok(Done::Collected(repository.collect_log(generation, from, &bound).await?)) };
         self.work.push(work.boxed());
     }
 
@@ -150,7 +150,10 @@ impl Compactor {
                 self.storing = false;
                 self.stored.push_back(stored);
             }
-            Some(Ok(Done::Collected)) => self.collecting = false,
+            Some(Ok(Done::Collected(refused))) => {
+                self.collecting = false;
+                self.tell(&refused);
+            }
             // What was not collected stays; the next bound is a higher one all the same.
             Some(Err(error)) if self.collecting && error.kind() != Kind::Conflict && error.kind() != Kind::Damaged => {
                 self.collecting = false;
@@ -163,6 +166,18 @@ impl Compactor {
             None => (),
         }
         Ok(())
+    }
+}
+
+impl Compactor {
+    /// Once: a store that keeps everything says so with every segment.
+    fn tell(&mut self, refused: &Refused) {
+        if let (Some(why), false) = (&refused.why, self.told_refusal) {
+            self.told_refusal = true;
+            self.pusher.events.warning(format!(
+                "the store does not let entries of the log go that whole segments have by now; once this generation was replaced a prune tries again: {why}"
+            ));
+        }
     }
 }
 

@@ -24,7 +24,9 @@ use crate::postgres::client::{Server, Stopped, same_directory};
 use crate::postgres::data_dir::{self, FileItem, Item, Walk};
 use crate::postgres::{Client, ConnectOptions, ControlFile};
 use crate::repository::Repository;
-use crate::repository::manifest::{BackupHead, Directory, Line, Lines, LinesWriter, Link, REGION, Tablespace};
+use crate::repository::manifest::{
+    BackupHead, Database, Directory, Line, Lines, LinesWriter, Link, REGION, Tablespace,
+};
 
 use copy::Copied;
 use parent::{Descent, Parent};
@@ -63,6 +65,7 @@ pub struct Done {
 /// Takes a base backup of the running server.
 pub async fn run(repository: &Repository, options: &Options, events: &Events) -> Result<Done> {
     let began = repository.clock().monotonic();
+    data_dir::refuse_partial(&options.data_dir)?;
     let client = Client::connect(&options.connect, &options.data_dir).await?;
     let server = client.server().await?;
     check(&server, options)?;
@@ -102,6 +105,7 @@ pub async fn run(repository: &Repository, options: &Options, events: &Events) ->
     let copied = copy::run(&task, &walk, &outside, parent, server.version, events).await?;
     let place = beside::Place { backup: id, generation: id.generation, timeline: control.timeline };
     let failed = besides(repository, options, place, &client, events).await?;
+    let databases = client.databases().await?;
     let stopped = client.stop_backup(server.version).await?;
     // The session must live until the stop: a backup ends with the session that began it.
     drop(client);
@@ -117,7 +121,8 @@ pub async fn run(repository: &Repository, options: &Options, events: &Events) ->
     };
     wait::for_wal(repository, &needed, options.wal_timeout, events).await?;
     let head =
-        commit(repository, &task, (&server, &control), &walk, (copied, parent_id), (started_at, stopped)).await?;
+        commit(repository, &task, (&server, &control), (&walk, databases), (copied, parent_id), (started_at, stopped))
+            .await?;
     let elapsed = repository.clock().monotonic() - began;
     events.emit(Event::BackupDone { id, read: head.bytes, stored: head.stored, elapsed });
     Ok(Done { head, elapsed, failed })
@@ -256,12 +261,15 @@ async fn commit(
     repository: &Repository,
     task: &copy::Task<'_>,
     (server, control): (&Server, &ControlFile),
-    walk: &Walk,
+    (walk, databases): (&Walk, Vec<(u32, String)>),
     (copied, parent): (Copied, Option<BackupId>),
     (started_at, stopped): (Timestamp, Stopped),
 ) -> Result<BackupHead> {
     let mut writer = LinesWriter::new(repository.descriptor().codec);
     copied.packs.iter().try_for_each(|pack| writer.add(&Line::Pack(*pack)))?;
+    for (oid, name) in databases {
+        writer.add(&Line::Database(Database { oid, name }))?;
+    }
     for item in &walk.items {
         if let Item::Dir { path, mode } = item {
             writer.add(&Line::Dir(Directory { path: path.clone(), mode: *mode }))?;

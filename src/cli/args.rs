@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
 
-use crate::model::{BackupId, Beside, ByteSize, Generation, Lsn, Timeline, Timestamp, parse_duration};
+use crate::model::{BackupId, Beside, ByteSize, Generation, Lsn, Share, Timeline, Timestamp, parse_duration};
 use crate::repository::Recipient;
 use crate::storage::Location;
 
@@ -174,6 +174,13 @@ pub struct Keep {
     /// A statement that must say true in the restored database; may be given several times
     #[arg(long, value_name = "SQL")]
     pub drill_check: Vec<String>,
+    /// How often to verify the repository: that everything is there, and of a share of it that it is sound; 0 for never
+    /// [default: 0]
+    #[arg(long, value_name = "DURATION", value_parser = parse_duration, env = "PERENNIAL_VERIFY_EVERY", hide_env_values = true)]
+    pub verify_every: Option<Duration>,
+    /// How much is read each time, another part than the last times [default: 5%]
+    #[arg(long, value_name = "PERCENT", env = "PERENNIAL_VERIFY_SAMPLE", hide_env_values = true)]
+    pub verify_sample: Option<Share>,
     /// A directory to keep beside the database (an application's index, its uploads): a snapshot goes with each backup and
     /// each clean stop, and is put back when the database is restored; may be given several times
     #[arg(long = "with", value_name = "NAME=DIR")]
@@ -288,6 +295,10 @@ pub struct Restore {
     /// Timeline to follow [default: the history's newest]
     #[arg(long, value_name = "N")]
     pub timeline: Option<Timeline>,
+    /// Restore this database only, by name (or oid), with those of the system (postgres, template0, template1); may be given
+    /// several times. Of the others nothing is fetched: they can be dropped, and not be read
+    #[arg(long, value_name = "NAME", conflicts_with = "keep_archiving")]
+    pub database: Vec<String>,
     /// Put a tablespace, named by its oid or former location, into another directory
     #[arg(long, value_name = "OID|DIR=DIR")]
     pub tablespace: Vec<String>,
@@ -408,6 +419,9 @@ pub struct Verify {
     /// Read all of it: every frame's hash, every record of WAL [default: presence and sizes; manifests are read]
     #[arg(long)]
     pub full: bool,
+    /// Read a share of it, such as 5%: another part each day (UTC), so that in 20 days all of it is read
+    #[arg(long, value_name = "PERCENT", conflicts_with = "full")]
+    pub sample: Option<Share>,
 }
 
 /// What is kept; the rules add up. Backups that no rule names are deleted.
@@ -499,6 +513,10 @@ pub struct Copy {
     /// PERENNIAL_TO_AWS_ENDPOINT_URL
     #[arg(long, value_name = "URL")]
     pub to: Location,
+    /// Copy this backup alone, with the WAL that it needs itself: it can be restored to its own end there. An encrypted
+    /// repository must be opened for that
+    #[arg(long, value_name = "ID")]
+    pub backup: Option<BackupId>,
 }
 
 #[derive(Debug, ClapArgs)]

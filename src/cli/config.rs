@@ -30,6 +30,8 @@ pub struct Config {
     pub drill_every: Option<String>,
     pub drill_in: Option<std::path::PathBuf>,
     pub drill_check: Vec<String>,
+    pub verify_every: Option<String>,
+    pub verify_sample: Option<String>,
     pub linger: Option<String>,
     pub in_flight: Option<u8>,
     pub heartbeat: Option<String>,

@@ -8,13 +8,10 @@ use super::{Copy, Report};
 use crate::error::{Error, Kind, Result};
 use crate::model::Generation;
 use crate::repository::layout;
-use crate::storage::{Entry, Store};
+use crate::storage::{Deleted, Entry, Store, delete_if_allowed};
 
 /// Listings of a log that is collected while it is copied.
 const LOOKS: u32 = 8;
-
-/// Entries deleted at once.
-const DELETES: usize = 16;
 
 /// How a look at a log that may be collected meanwhile ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -50,7 +47,7 @@ impl Copy {
     async fn look(&self, generation: Generation, report: &mut Report) -> Result<Look> {
         // Segments are stored before the bound passes their entries, so those below it are listed after it.
         let bound = bound(&*self.from, generation).await?;
-        self.missing_in_order(&layout::wal_dir(generation), report).await?;
+        self.missing_in_order(&layout::wal_dir(generation), &|_| true, report).await?;
         if bound > 1 {
             let key = layout::collected(generation, bound);
             // Only a higher one makes it go.
@@ -113,14 +110,13 @@ impl Copy {
     async fn collect(&self, generation: Generation, bound: u64) -> Result<()> {
         let mut passed = listed(&*self.to, generation, "").await?;
         passed.retain(|(number, _)| *number < bound);
-        let deletes: Vec<_> =
-            passed.into_iter().map(|(_, entry)| async move { self.to.delete(&entry.key).await }).collect();
-        futures::stream::iter(deletes).buffer_unordered(DELETES).try_collect::<()>().await?;
+        // A place that keeps everything keeps these too.
+        Deleted::default().all(&*self.to, passed.into_iter().map(|(_, entry)| (entry.key, entry.size))).await?;
         let mut older = bounds(&*self.to, generation).await?;
         older.retain(|number| *number < bound);
         older.pop();
         for number in older {
-            self.to.delete(&layout::collected(generation, number)).await?;
+            delete_if_allowed(&*self.to, &layout::collected(generation, number)).await?;
         }
         Ok(())
     }

@@ -8,6 +8,7 @@
 
 mod log;
 mod objects;
+mod one;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -21,6 +22,8 @@ use crate::model::{BackupId, Generation, human_bytes};
 use crate::repository::layout::OfBackup;
 use crate::repository::{Found, Repository, layout};
 use crate::storage::{Body, Entry, Store, probe, read_small};
+
+pub use one::CopyOne;
 
 /// What a copy came to.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize)]

@@ -18,6 +18,9 @@ const HELD: u64 = 32 << 20;
 /// Objects that are compared, not only counted, are no larger: claims, bounds, entries of logs.
 pub const SMALL: u64 = 8 << 20;
 
+/// Whether the object of a key is to be copied.
+pub type Wanted<'a> = dyn Fn(&str) -> bool + Sync + 'a;
+
 /// Bytes that may be held, by the megabyte.
 struct Budget(Semaphore);
 
@@ -61,11 +64,12 @@ impl Copy {
         Error::new(Kind::Conflict, what).hint("copy to a new place, or go on with the copy as the database")
     }
 
-    /// What the second place lacks below a directory, in the order of keys.
-    async fn lacking(&self, directory: &str) -> Result<Vec<Entry>> {
+    /// What the second place lacks of the wanted objects below a directory, in the order of keys.
+    async fn lacking(&self, directory: &str, wanted: &Wanted<'_>) -> Result<Vec<Entry>> {
         let there: BTreeMap<String, u64> =
             self.to.list(directory, None).map_ok(|entry| (entry.key, entry.size)).try_collect().await?;
         let mut listed: Vec<Entry> = self.from.list(directory, None).try_collect().await?;
+        listed.retain(|entry| wanted(&entry.key));
         if let Some(other) = listed.iter().find(|entry| there.get(&entry.key).is_some_and(|size| *size != entry.size)) {
             let (ours, theirs) = (self.to.url(&other.key), self.from.url(&other.key));
             return Err(Error::damaged(format!("{ours} has another size than {theirs}"))
@@ -78,14 +82,24 @@ impl Copy {
 
     /// Copies what the second place lacks below a directory, in any order.
     pub(super) async fn missing_below(&self, directory: &str, report: &mut Report) -> Result<()> {
-        self.all(self.lacking(directory).await?, report).await
+        self.missing_of(directory, &|_| true, report).await
+    }
+
+    /// The same of the wanted ones alone.
+    pub(super) async fn missing_of(&self, directory: &str, wanted: &Wanted<'_>, report: &mut Report) -> Result<()> {
+        self.all(self.lacking(directory, wanted).await?, report).await
     }
 
     /// The same one after the other: whatever cuts it off, nothing is there without all that comes before it. Reading goes
     /// ahead.
-    pub(super) async fn missing_in_order(&self, directory: &str, report: &mut Report) -> Result<()> {
+    pub(super) async fn missing_in_order(
+        &self,
+        directory: &str,
+        wanted: &Wanted<'_>,
+        report: &mut Report,
+    ) -> Result<()> {
         let budget = &Budget::new();
-        let reads = self.lacking(directory).await?.into_iter().map(|object| async move {
+        let reads = self.lacking(directory, wanted).await?.into_iter().map(|object| async move {
             let permit = budget.take(object.size).await?;
             Ok::<_, Error>((self.read(&object.key, object.size).await?, object, permit))
         });

@@ -106,6 +106,7 @@ async fn drill(
         action: Action::Promote,
         generation: None,
         timeline: None,
+        databases: Vec::new(),
         tablespace_map: BTreeMap::new(),
         overwrite: Overwrite::Never,
         keep_archiving: false,

@@ -12,7 +12,7 @@ mod timestamp;
 pub use beside::{Beside, DirectoryName};
 pub use ids::{BackupId, Generation, PackId, RepositoryId, SystemId, WriteId};
 pub use lsn::{Lsn, Timeline};
-pub use size::{ByteSize, human_bytes, parse_duration};
+pub use size::{ByteSize, Share, human_bytes, parse_duration};
 pub use timestamp::{Period, Timestamp};
 
 /// Text that is not what it claims to be; says what was expected.

@@ -1,4 +1,4 @@
-//! Sizes and durations as people write them.
+//! Sizes, durations and shares as people write them.
 
 use std::fmt;
 use std::str::FromStr;
@@ -66,6 +66,36 @@ pub fn parse_duration(text: &str) -> Result<Duration, Malformed> {
     number.checked_mul(seconds).map(Duration::from_secs).ok_or_else(malformed)
 }
 
+/// A share of a whole, read from `5%` or `0.5%`: more than nothing, at most all of it. In hundredths of a percent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Share(u32);
+
+impl Share {
+    const ALL: u32 = 10_000;
+
+    /// Into how many parts a whole is cut so that none is larger than this share.
+    pub fn parts(self) -> u32 {
+        Share::ALL.div_ceil(self.0)
+    }
+}
+
+impl FromStr for Share {
+    type Err = Malformed;
+
+    fn from_str(text: &str) -> Result<Share, Malformed> {
+        let malformed =
+            || Malformed::new("share", text, "a percentage above 0% and up to 100%, such as 5% (two decimals at most)");
+        let number = text.trim().strip_suffix('%').map(str::trim_end).ok_or_else(malformed)?;
+        let (whole, decimals) = number.split_once('.').unwrap_or((number, ""));
+        let is_number = |digits: &str| digits.bytes().all(|byte| byte.is_ascii_digit());
+        if whole.is_empty() || !is_number(whole) || !is_number(decimals) || decimals.len() > 2 {
+            return Err(malformed());
+        }
+        let hundredths: u32 = format!("{whole}{decimals:0<2}").parse().map_err(|_| malformed())?;
+        if (1..=Share::ALL).contains(&hundredths) { Ok(Share(hundredths)) } else { Err(malformed()) }
+    }
+}
+
 fn number_and_unit(text: &str) -> Option<(u64, &str)> {
     let text = text.trim();
     let digits = text.bytes().take_while(u8::is_ascii_digit).count();
@@ -88,6 +118,19 @@ mod tests {
         assert_eq!(parse_duration("500ms"), Ok(Duration::from_millis(500)));
         for bad in ["5", "m", "-1s", "1w", "99999999999999999999d"] {
             assert!(parse_duration(bad).is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn a_share_says_into_how_many_parts_a_whole_is_cut() {
+        let parts = |text: &str| text.parse::<Share>().map(Share::parts);
+        for (text, expected) in
+            [("5%", 20), ("100%", 1), ("60%", 2), ("30 %", 4), ("0.5%", 200), ("12.5%", 8), ("0.01%", 10_000)]
+        {
+            assert_eq!(parts(text), Ok(expected), "{text}");
+        }
+        for bad in ["0%", "5", "101%", "-5%", "0.001%", ".5%", "%", "", "5%%", "+5%", "99999999999%"] {
+            assert!(parts(bad).is_err(), "{bad:?}");
         }
     }
 

@@ -214,6 +214,17 @@ impl Client {
         Ok(Timestamp::from_unix_micros(micros))
     }
 
+    /// The databases, by number and name. One whose name is not UTF-8 is called by its number.
+    pub async fn databases(&self) -> Result<Vec<(u32, String)>> {
+        const SQL: &str = "SELECT oid, datname FROM pg_database ORDER BY oid";
+        let rows = self.inner.query(SQL, &[]).await.map_err(|e| sql_error(SQL, &e))?;
+        let database = |row: &tokio_postgres::Row| {
+            let oid: u32 = row.try_get(0).map_err(|e| sql_error(SQL, &e))?;
+            Ok((oid, row.try_get(1).unwrap_or_else(|_| oid.to_string())))
+        };
+        rows.iter().map(database).collect()
+    }
+
     /// The configuration files in use, wherever they lie.
     pub async fn configuration_files(&self) -> Result<Vec<PathBuf>> {
         const SQL: &str = "SELECT DISTINCT file FROM (SELECT setting AS file FROM pg_settings WHERE name IN ('config_file', 'hba_file', 'ident_file')

@@ -18,6 +18,24 @@ pub const OWN_DIR: &str = "pgsql_tmp_perennial";
 /// Marks a directory that a restore has not finished. PostgreSQL cannot start it: `global/pg_control` comes last.
 pub const RESTORE_MARKER: &str = "perennial.restoring";
 
+/// Says that a directory has some databases of a cluster only, and which it lacks. A copy of the directory takes it along.
+pub const PARTIAL: &str = "perennial.partial";
+
+/// What has some databases only must not be taken for the cluster: nothing of it goes into a repository.
+pub fn refuse_partial(data_dir: &Path) -> Result<()> {
+    match crate::disk::is_there(&data_dir.join(PARTIAL))? {
+        true => Err(Error::refused(what_is_partial(data_dir)).hint(PARTIAL_HINT)),
+        false => Ok(()),
+    }
+}
+
+pub fn what_is_partial(data_dir: &Path) -> String {
+    format!("{} has some databases of its cluster only (perennial restore --database)", data_dir.display())
+}
+
+/// What to do with such a directory.
+pub const PARTIAL_HINT: &str = "use it as it is, or restore all of the cluster without --database; to go on with this as a cluster of its own, drop the databases that perennial.partial names, then delete that file";
+
 /// Directories whose content is of no use to a copy; they themselves must be there.
 const WITHOUT_CONTENT: &[&str] =
     &["pg_wal", "pg_stat_tmp", "pg_replslot", "pg_dynshmem", "pg_notify", "pg_serial", "pg_snapshots", "pg_subtrans"];
@@ -205,8 +223,7 @@ impl Walker<'_> {
             size: metadata.len(),
             mtime: metadata.mtime(),
             first_block: first_block(path),
-            pages_have_lsn: first_block(path).is_some()
-                && !path.rsplit('/').next().is_some_and(|name| name.contains('_')),
+            pages_have_lsn: fork_of(path) == Some(Fork::Main),
         }));
     }
 }
@@ -297,6 +314,29 @@ fn first_block(path: &str) -> Option<u32> {
     file.checked_mul(BLOCKS_PER_FILE)
 }
 
+/// The database that a path of a data directory belongs to, if it is one's: `base/<db>/…` and
+/// `pg_tblspc/<oid>/<version>/<db>/…`.
+pub fn database_of(path: &str) -> Option<u32> {
+    let (directory, _) = path.rsplit_once('/')?;
+    let of_one = holds_relations(directory) && directory != "global";
+    directory.rsplit('/').next().filter(|_| of_one)?.parse().ok()
+}
+
+/// The pages of a relation, in a file of its own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fork {
+    Main,
+    /// Maps of free space and visibility, and what an unlogged relation begins with.
+    Other,
+}
+
+/// Which pages a path of a data directory holds, if any.
+pub fn fork_of(path: &str) -> Option<Fork> {
+    first_block(path)?;
+    let name = path.rsplit('/').next()?;
+    Some(if name.contains('_') { Fork::Other } else { Fork::Main })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -373,6 +413,26 @@ mod tests {
         );
         assert_eq!(walk.tablespaces[0], TablespaceItem { oid: 16385, location: Some(outside.path().to_owned()) });
         assert_eq!(walk.tablespaces[1], TablespaceItem { oid: 16500, location: None });
+    }
+
+    #[test]
+    fn a_path_says_whose_it_is_and_which_pages_it_holds() {
+        assert_eq!(database_of("base/16384/1259"), Some(16384));
+        assert_eq!(database_of("base/16384/PG_VERSION"), Some(16384));
+        assert_eq!(database_of("pg_tblspc/16385/PG_15_202209061/5/16400_fsm"), Some(5));
+        for other in [
+            "base/16384",
+            "global/1262",
+            "pg_tblspc/16385/PG_15_202209061",
+            "pg_xact/0000",
+            "postgresql.conf",
+            "base/x/1",
+        ] {
+            assert_eq!(database_of(other), None, "{other}");
+        }
+        assert_eq!(fork_of("base/5/16384.2"), Some(Fork::Main));
+        assert_eq!(fork_of("base/5/16384_vm"), Some(Fork::Other));
+        assert_eq!(fork_of("base/5/pg_filenode.map"), None);
     }
 
     #[test]

@@ -2,13 +2,9 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{Repository, document, layout};
+use super::{Repository, layout};
 use crate::error::Result;
 use crate::model::{BackupId, Timestamp, WriteId};
-use crate::storage::Body;
-
-/// Records that are kept.
-const KEPT: usize = 100;
 
 /// `drills/<…>`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -57,15 +53,9 @@ impl DrillRecord {
 }
 
 impl Repository {
-    /// Records a drill; of the older records the last hundred stay.
+    /// Records a drill.
     pub async fn put_drill(&self, record: &DrillRecord) -> Result<()> {
-        let key = layout::drill(record.at, record.write_id);
-        self.store.create(&key, &Body::from(document::write(record)?)).await?;
-        let all = self.store.list_level(layout::DRILLS).await?.entries;
-        for old in &all[..all.len().saturating_sub(KEPT)] {
-            self.store.delete(&old.key).await?;
-        }
-        Ok(())
+        self.put_record(layout::DRILLS, &layout::drill(record.at, record.write_id), record).await
     }
 
     /// The record of the last drill.

@@ -12,6 +12,7 @@ pub const PACKS: &str = "packs";
 pub const BACKUPS: &str = "backups";
 pub const PRUNES: &str = "prunes";
 pub const DRILLS: &str = "drills";
+pub const VERIFICATIONS: &str = "verifications";
 pub const KEYS: &str = "keys";
 
 pub fn generation_dir(generation: Generation) -> String {
@@ -129,6 +130,11 @@ pub fn prune(at: Timestamp, id: WriteId) -> String {
 /// The record of one drill. Names sort by time.
 pub fn drill(at: Timestamp, id: WriteId) -> String {
     record(DRILLS, at, id)
+}
+
+/// The record of one verification by schedule. Names sort by time.
+pub fn verification(at: Timestamp, id: WriteId) -> String {
+    record(VERIFICATIONS, at, id)
 }
 
 /// The generation of a `generations/…` directory.

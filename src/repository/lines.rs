@@ -2,10 +2,11 @@
 //! frames behind the head of an object. Line by line, so that neither writer nor reader holds more than it needs of a
 //! large one, and any language reads it.
 
+use std::collections::BTreeMap;
 use std::ops::ControlFlow;
 
 use bytes::Bytes;
-use serde::de::DeserializeOwned;
+use serde::de::{DeserializeOwned, IgnoredAny};
 use serde::{Deserialize, Serialize};
 
 use super::codec::{Codec, Sha256, decompress};
@@ -51,8 +52,30 @@ pub enum Line {
     Dir(Directory),
     Link(Link),
     File(FileEntry),
+    /// A database of the cluster, in a backup.
+    Database(Database),
     /// The last line: how many came before it.
     End(u64),
+}
+
+/// What lines may be; those of other kinds came with a later version and mean nothing to this one.
+const KINDS: &[&str] = &["pack", "dir", "link", "file", "database", "end"];
+
+impl Line {
+    fn parse(json: &[u8]) -> serde_json::Result<Option<Line>> {
+        serde_json::from_slice(json).map(Some).or_else(|error| {
+            let fields: BTreeMap<String, IgnoredAny> = serde_json::from_slice(json)?;
+            let is_known = fields.keys().any(|kind| KINDS.contains(&kind.as_str()));
+            if is_known || fields.len() != 1 { Err(error) } else { Ok(None) }
+        })
+    }
+}
+
+/// A database by its number (`pg_database.oid`) and its name when the backup ended.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Database {
+    pub oid: u32,
+    pub name: String,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -225,15 +248,17 @@ impl Repository {
             hash.update(&frame);
             let text = decompress(&frame, *plain as usize).map_err(|why| self.corrupt(key, why))?;
             for json in text.split(|byte| *byte == b'\n').filter(|json| !json.is_empty()) {
-                match serde_json::from_slice(json).map_err(|e| self.corrupt(key, e))? {
-                    Line::End(lines) if lines == count && !ended => ended = true,
-                    Line::End(_) => return Err(self.corrupt(key, "it ends at the wrong place")),
-                    next if !ended => {
-                        if line(next)?.is_break() {
+                let next = Line::parse(json).map_err(|e| self.corrupt(key, e))?;
+                match next {
+                    Some(Line::End(lines)) if lines == count && !ended => ended = true,
+                    Some(Line::End(_)) => return Err(self.corrupt(key, "it ends at the wrong place")),
+                    _ if ended => return Err(self.corrupt(key, "it goes on after its end")),
+                    next => {
+                        let enough = next.map(&mut *line).transpose()?.is_some_and(|flow| flow.is_break());
+                        if enough {
                             return Ok(());
                         }
                     }
-                    _ => return Err(self.corrupt(key, "it goes on after its end")),
                 }
                 count += 1;
             }
@@ -268,5 +293,16 @@ mod tests {
         let json = serde_json::to_string(&line).expect("json");
         assert_eq!(json, r#"{"dir":{"path":"base/1","mode":448}}"#);
         assert_eq!(serde_json::from_str::<Line>(&json).expect("reads back"), line);
+    }
+
+    #[test]
+    fn lines_of_a_later_version_are_passed_over_and_broken_ones_are_not() {
+        let parse = |json: &str| Line::parse(json.as_bytes());
+        assert_eq!(parse(r#"{"colour":{"name":"red"}}"#).expect("passed over"), None);
+        let database = Line::Database(Database { oid: 16384, name: "app".to_owned() });
+        assert_eq!(parse(r#"{"database":{"oid":16384,"name":"app","encoding":6}}"#).expect("read"), Some(database));
+        for broken in [r#"{"dir":{"path":"base/1"}}"#, r#"{"file":7}"#, r#"{"a":1,"b":2}"#, "{}", "[]", r#"{"dir""#] {
+            assert!(parse(broken).is_err(), "{broken}");
+        }
     }
 }

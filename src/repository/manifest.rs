@@ -16,7 +16,7 @@ use crate::model::{BackupId, Generation, Lsn, PackId, RepositoryId, SystemId, Ti
 use crate::storage::{Body, Entry};
 use crate::wal::SegmentSize;
 
-pub use super::lines::{Directory, FileEntry, Line, Lines, LinesWriter, Link};
+pub use super::lines::{Database, Directory, FileEntry, Line, Lines, LinesWriter, Link};
 pub use super::region::{Pages, Patch, REGION, Region};
 
 const FORMAT: &str = "perennial/backup/1";
@@ -78,6 +78,41 @@ impl BackupHead {
         self.lines = lines;
         let body = object(&self, frames)?;
         Ok((self, body))
+    }
+}
+
+/// The head of a backup without files.
+#[cfg(test)]
+pub fn backup_head(generation: u32, timeline: u32, start: u64, stop: u64) -> BackupHead {
+    BackupHead {
+        format: FORMAT.to_owned(),
+        write_id: WriteId([0; 16]),
+        backup_id: BackupId { generation: Generation(generation), start: Lsn(start), nonce: 0 },
+        repository_id: RepositoryId([0; 16]),
+        system_id: SystemId(1),
+        generation: Generation(generation),
+        timeline: Timeline(timeline),
+        pg_major: 15,
+        pg_version: String::new(),
+        segment_size: SegmentSize::try_from(16 << 20).expect("16 MB"),
+        region_size: REGION,
+        start_lsn: Lsn(start),
+        stop_lsn: Lsn(stop),
+        started_at: Timestamp::from_unix_micros(start as i64),
+        stopped_at: Timestamp::from_unix_micros(stop as i64),
+        next_xid: 0,
+        data_checksums: true,
+        backup_label: String::new(),
+        tablespace_map: None,
+        tablespaces: Vec::new(),
+        files: 0,
+        bytes: 0,
+        stored: 0,
+        packs: 0,
+        parent: None,
+        damaged: Vec::new(),
+        damaged_pages: 0,
+        lines: Lines::none(),
     }
 }
 

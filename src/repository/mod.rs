@@ -3,6 +3,7 @@
 //! Everything is written once. docs/format.md describes every byte; keys are built and parsed in [`layout`] only.
 //! What a restore needs is answered in [`reach`] only, so that restore, retention and verify cannot disagree.
 
+mod backup_wal;
 mod beside;
 pub mod codec;
 mod descriptor;
@@ -17,8 +18,10 @@ pub mod manifest;
 pub mod pack;
 mod prune;
 pub mod reach;
+mod records;
 mod region;
 pub mod vault;
+mod verification;
 mod wal_content;
 mod wal_index;
 mod wal_object;
@@ -34,6 +37,7 @@ use crate::storage::{Body, Created, Entry, Store, probe, read_small};
 
 use vault::{Encryption, Key};
 
+pub use backup_wal::BackupWal;
 pub use beside::{BesideHead, SET_ASIDE, UNFINISHED};
 pub use codec::Codec;
 pub use descriptor::Descriptor;
@@ -42,6 +46,7 @@ pub use generation::{Claim, Lineage, NewWriter, tips};
 pub use prune::PruneRecord;
 pub use region::{Pages, Patch, Region};
 pub use vault::Recipient;
+pub use verification::Verification;
 pub use wal_content::Known;
 pub use wal_index::{WalIndex, WalListing, WalPlace, WalSource};
 pub use wal_object::{FRAME, FRAMES_MAX, Frame, Plain, Put, WalHead, WalObject};

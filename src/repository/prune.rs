@@ -4,7 +4,6 @@
 //! a grace period, so that a restore or a backup that is under way elsewhere loses nothing; then its objects go. All
 //! ages are counted by the store's own clock, from one object to another.
 
-use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::{DOCUMENT_MAX, Repository, document, layout};
@@ -112,15 +111,5 @@ impl Repository {
     pub async fn points_from(&self) -> Result<Lsn> {
         let last: Option<PruneRecord> = self.last_record(layout::PRUNES).await?;
         Ok(last.map_or(Lsn(0), |record| record.points_from))
-    }
-
-    /// The last of the records in a directory, whose names sort by time.
-    pub(super) async fn last_record<T: DeserializeOwned>(&self, directory: &str) -> Result<Option<T>> {
-        let Some(last) = self.store.list_level(directory).await?.entries.pop() else { return Ok(None) };
-        match read_small(self.store(), &last.key, DOCUMENT_MAX).await? {
-            Some(bytes) => document::read(&bytes).map(Some).map_err(|why| self.corrupt(&last.key, why)),
-            // Only a later one makes it go.
-            None => Ok(None),
-        }
     }
 }

@@ -3,6 +3,7 @@
 //! Pure. Restore plans by it, `wal fetch` answers by it, `list` shows it; retention and verify will walk it too, so that
 //! they can never disagree about what a restore needs.
 
+use std::collections::BTreeSet;
 use std::sync::OnceLock;
 
 use super::manifest::BackupHead;
@@ -207,12 +208,30 @@ impl<'a> View<'a> {
         (coverage.through >= backup.stop_lsn).then_some(coverage)
     }
 
+    /// The segments that a backup's own consistency needs, and one behind them if there is one: recovery to the end of a
+    /// backup may read a record more.
+    pub fn segments_of(&self, backup: &BackupHead) -> Vec<(SegmentName, WalPlace)> {
+        let size = self.segment_size();
+        let spans: Vec<_> = self.history.spans().collect();
+        let of = |number: u64| {
+            let mut places = spans.iter().rev().map(|(timeline, ..)| (*timeline, self.locate(*timeline, number)));
+            places.find_map(|(timeline, place)| Some((SegmentName::new(timeline, number, size), place?)))
+        };
+        (size.number_at(backup.start_lsn)..=size.number_before(backup.stop_lsn) + 1).filter_map(of).collect()
+    }
+
     /// The backups that a restore towards this timeline can start from, oldest position first, with how far each gets.
     pub fn usable<'b>(&self, backups: &'b [BackupHead]) -> Vec<(&'b BackupHead, Coverage)> {
         let mut usable: Vec<_> =
             backups.iter().filter_map(|backup| Some((backup, self.coverage_of(backup)?))).collect();
         usable.sort_by_key(|(backup, _)| (backup.stop_lsn, backup.backup_id));
         usable
+    }
+
+    /// Numbers of the missing segments that end the stretches of backups while WAL goes on behind them.
+    pub fn holes(&self, backups: &[BackupHead]) -> BTreeSet<u64> {
+        let usable = self.usable(backups).into_iter().filter(|(_, coverage)| coverage.gap);
+        usable.filter_map(|(_, coverage)| coverage.next.number(self.segment_size())).collect()
     }
 
     /// The stretches that can be restored to on the way to this timeline, oldest first. WAL before `points_from` is kept
@@ -251,8 +270,9 @@ mod chance;
 mod tests {
     use super::chance::Chance;
     use super::*;
-    use crate::model::{RepositoryId, SystemId, WriteId};
+    use crate::model::{SystemId, WriteId};
     use crate::repository::log::LogRun;
+    use crate::repository::manifest::backup_head as backup;
     use crate::repository::{Claim, WalPlace, WalSource};
     use crate::wal::Switch;
 
@@ -296,39 +316,6 @@ mod tests {
             index.add_history(History { timeline: Timeline(*timeline), switches });
         }
         index
-    }
-
-    fn backup(generation: u32, timeline: u32, start: u64, stop: u64) -> BackupHead {
-        BackupHead {
-            format: String::new(),
-            write_id: WriteId([0; 16]),
-            backup_id: BackupId { generation: Generation(generation), start: Lsn(start), nonce: 0 },
-            repository_id: RepositoryId([0; 16]),
-            system_id: SystemId(1),
-            generation: Generation(generation),
-            timeline: Timeline(timeline),
-            pg_major: 15,
-            pg_version: String::new(),
-            segment_size: size(),
-            region_size: 1 << 20,
-            start_lsn: Lsn(start),
-            stop_lsn: Lsn(stop),
-            started_at: Timestamp::from_unix_micros(start as i64),
-            stopped_at: Timestamp::from_unix_micros(stop as i64),
-            next_xid: 0,
-            data_checksums: true,
-            backup_label: String::new(),
-            tablespace_map: None,
-            tablespaces: Vec::new(),
-            files: 0,
-            bytes: 0,
-            stored: 0,
-            packs: 0,
-            parent: None,
-            damaged: Vec::new(),
-            damaged_pages: 0,
-            lines: crate::repository::manifest::Lines::none(),
-        }
     }
 
     #[test]
@@ -396,6 +383,20 @@ mod tests {
         index.add_run(run(2, 2, 5 * SEGMENT, fork + 500), size());
         let view = View::new(&lineage, &index, Timeline(2)).expect("known");
         assert_eq!(view.coverage(Lsn(2 * SEGMENT)).through, Lsn(fork + 500));
+    }
+
+    #[test]
+    fn a_backup_needs_its_own_segments_and_one_more_if_there_is_one() {
+        let lineage = lineage(&[1, 2]);
+        let index = index(&[(1, 1, 2..6), (2, 2, 5..7)], &[(2, &[(1, 5 * SEGMENT + 100)])]);
+        let view = View::new(&lineage, &index, Timeline(2)).expect("known");
+        let names = |start, stop| -> Vec<(u32, u64)> {
+            let segments = view.segments_of(&backup(1, 1, start, stop));
+            segments.iter().map(|(name, _)| (name.timeline.0, name.number(size()).expect("a number"))).collect()
+        };
+        assert_eq!(names(2 * SEGMENT + 40, 3 * SEGMENT), [(1, 2), (1, 3)]);
+        assert_eq!(names(4 * SEGMENT + 40, 4 * SEGMENT + 80), [(1, 4), (2, 5)], "which repeats the ancestor's");
+        assert_eq!(names(6 * SEGMENT + 40, 6 * SEGMENT + 80), [(2, 6)], "nothing follows yet");
     }
 
     #[test]

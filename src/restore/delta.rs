@@ -25,6 +25,11 @@ pub struct Have {
 }
 
 impl Have {
+    /// These regions, by file and then by number.
+    pub fn of(regions: Vec<Vec<bool>>) -> Have {
+        Have { regions, bytes: 0 }
+    }
+
     /// Whether a region is there.
     pub fn has(&self, file: usize, region: usize) -> bool {
         self.regions.get(file).and_then(|regions| regions.get(region)).copied().unwrap_or(false)

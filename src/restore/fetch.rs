@@ -22,7 +22,7 @@ use crate::model::{BackupId, PackId};
 use crate::postgres::control_file::CONTROL_FILE;
 use crate::postgres::page::PAGE;
 use crate::repository::codec::{Sha256, decompress_to};
-use crate::repository::manifest::{Directory, FileEntry, Line, Link, Pages, Region};
+use crate::repository::manifest::{Database, Directory, FileEntry, Line, Link, Pages, Region};
 use crate::repository::pack::FrameRef;
 use crate::repository::{BesideHead, Repository, layout};
 
@@ -45,6 +45,8 @@ pub struct Contents {
     /// Of a backup these are not made: the operator may map its tablespaces, which its head lists.
     pub links: Vec<Link>,
     pub files: Vec<FileEntry>,
+    /// Of a backup: the databases of the cluster. One that was taken by an older version does not say.
+    pub databases: Vec<Database>,
 }
 
 impl Contents {
@@ -81,8 +83,14 @@ impl Contents {
             Line::Dir(directory) => self.directories.push(directory),
             Line::Link(link) => self.links.push(link),
             Line::File(file) => self.files.push(file),
+            Line::Database(database) => self.databases.push(database),
             Line::End(_) => (),
         }
+    }
+
+    /// Bytes of all files.
+    pub fn bytes(&self) -> u64 {
+        self.files.iter().map(|file| file.size).sum()
     }
 
     fn check(&self, repository: &Repository, key: &str) -> Result<()> {
@@ -181,8 +189,7 @@ async fn write_to(
             set_mode(path, *mode)?;
         }
     }
-    let total: u64 = contents.files.iter().map(|file| file.size).sum();
-    let progress = Progress { total, done: AtomicU64::new(have.bytes), events: events.clone() };
+    let progress = Progress { total: contents.bytes(), done: AtomicU64::new(have.bytes), events: events.clone() };
     let into = Arc::new(Into { paths, progress, flusher: Flusher::default() });
     let Fetch { ranges, sums } = plan(contents, have);
     let work: Vec<_> = ranges
@@ -270,15 +277,27 @@ async fn fetch_range(repository: Repository, range: Range, sums: Arc<Vec<Sum>>, 
     tokio::task::spawn_blocking(take).await.map_err(|e| Error::internal("a writing thread ended").source(e))?
 }
 
-/// Checks of all ranges, each with the pack it is in and how many bytes it reads.
+/// A range that is read to be checked only.
+pub(super) struct Check<F> {
+    pub pack: PackId,
+    /// How many it reads.
+    pub bytes: u64,
+    /// Where the frames in it begin.
+    pub frames: Vec<u64>,
+    pub outcome: F,
+}
+
+/// Checks of all ranges.
 pub(super) fn checks(
     repository: &Repository,
     fetch: Fetch,
-) -> impl Iterator<Item = (PackId, u64, impl Future<Output = Result<()>>)> {
+) -> impl Iterator<Item = Check<impl Future<Output = Result<()>>>> {
     let (repository, sums) = (repository.clone(), fetch.sums);
-    fetch.ranges.into_iter().map(move |range| {
-        let (pack, length) = (range.pack, range.end - range.start);
-        (pack, length, fetch_range(repository.clone(), range, Arc::clone(&sums), None))
+    fetch.ranges.into_iter().map(move |range| Check {
+        pack: range.pack,
+        bytes: range.end - range.start,
+        frames: range.pieces.iter().map(|piece| piece.frame.offset).collect(),
+        outcome: fetch_range(repository.clone(), range, Arc::clone(&sums), None),
     })
 }
 

@@ -10,6 +10,8 @@ mod outside;
 pub mod pg_manifest;
 pub mod plan;
 mod recovery;
+mod sample;
+mod selected;
 mod sum;
 mod target;
 mod verify;
@@ -23,11 +25,14 @@ use crate::events::{Event, Events};
 use crate::model::{BackupId, Beside, Generation, Timeline, human_bytes};
 use crate::postgres::data_dir::{OWN_DIR, RESTORE_MARKER};
 use crate::postgres::{ControlFile, PostmasterFile, is_vacant, version_of};
-use crate::repository::manifest::BackupHead;
+use crate::repository::manifest::{BackupHead, Database};
 use crate::repository::{Repository, Writer};
+
+use selected::Selection;
 
 pub use plan::{Choice, Reachable};
 pub use recovery::RecoverySettings;
+pub use sample::{Sample, verify_next};
 pub use target::{Action, Target};
 pub use verify::{Depth, Finding, Report, verify};
 
@@ -41,6 +46,8 @@ pub struct Options {
     /// The newest generation of the history to restore; the repository's newest when `None`.
     pub generation: Option<Generation>,
     pub timeline: Option<Timeline>,
+    /// The databases that are restored, by name or number, beside those of the system; all when none are named.
+    pub databases: Vec<String>,
     /// Where tablespaces go, by oid or by their former location.
     pub tablespace_map: BTreeMap<String, PathBuf>,
     /// What happens to a directory that has something in it.
@@ -71,6 +78,8 @@ pub enum Overwrite {
 pub struct Restored {
     pub backup: BackupHead,
     pub choice: Choice,
+    /// Databases that are there in name only.
+    pub left_out: Vec<Database>,
 }
 
 /// Restores into `options.data_dir`, which the caller has locked ([`lock`]).
@@ -85,14 +94,11 @@ pub async fn run(repository: &Repository, options: &Options, events: &Events) ->
         events.emit(Event::Note { level, text });
     }
     let backup = choice.backup.clone();
-    events.emit(Event::RestorePlanned {
-        backup: backup.backup_id,
-        files: backup.files,
-        bytes: backup.bytes,
-        target: choice.describe(),
-    });
-
     let mut contents = fetch::Contents::read(repository, backup.backup_id).await?;
+    let selection = Selection::of(&mut contents, &options.databases, &backup)?;
+    let (files, bytes) = (contents.files.len() as u64, contents.bytes());
+    let target = choice.describe();
+    events.emit(Event::RestorePlanned { backup: backup.backup_id, files, bytes, target });
     let tablespaces = layout::Tablespaces::map(&backup, &options.tablespace_map)?;
     tablespaces.check(&options.data_dir, options.overwrite, unfinished.as_deref())?;
     let delta = unfinished.is_some() || options.overwrite == Overwrite::Differences;
@@ -111,14 +117,17 @@ pub async fn run(repository: &Repository, options: &Options, events: &Events) ->
     outside::make_directories(&contents, &options.data_dir)?;
     let have = if delta { delta::look(&contents, &options.data_dir).await? } else { delta::Have::default() };
     if delta {
-        events.info(format!("{} of {} are there already", human_bytes(have.bytes), human_bytes(backup.bytes)));
+        events.info(format!("{} of {} are there already", human_bytes(have.bytes), human_bytes(bytes)));
     }
     fetch::write_files(repository, &contents, &have, &options.data_dir, events).await?;
+    let selection = leave_out(selection, &options.data_dir, &backup).await?;
     outside::adapt(&mut contents, &options.data_dir)?;
 
     let settings = recovery::settings(&choice, options);
     recovery::write(&options.data_dir, &backup, &tablespaces, &settings)?;
-    pg_manifest::write(&options.data_dir, &backup, &contents.files, &tablespaces)?;
+    if !selection.is_partial() {
+        pg_manifest::write(&options.data_dir, &backup, &contents.files, &tablespaces)?;
+    }
     let point = beside::Point::of(&choice);
     beside::restore(repository, &options.beside, &reachable, point, events).await?;
     if let Some(writer) = &options.writer {
@@ -127,10 +136,30 @@ pub async fn run(repository: &Repository, options: &Options, events: &Events) ->
     finish(&options.data_dir, &tablespaces)?;
     events.emit(Event::RestoreDone {
         backup: backup.backup_id,
-        bytes: backup.bytes,
+        bytes,
         elapsed: repository.clock().monotonic() - began,
     });
-    Ok(Restored { backup, choice })
+    Ok(Restored { backup, choice, left_out: selection.left_out })
+}
+
+/// Makes what is there in name only, and says so: a part of a cluster must never be taken for all of it.
+async fn leave_out(selection: Selection, data_dir: &Path, backup: &BackupHead) -> Result<Selection> {
+    if !selection.is_partial() {
+        return Ok(selection);
+    }
+    selection.mark(data_dir, backup)?;
+    let directory = data_dir.to_owned();
+    let make = tokio::task::spawn_blocking(move || selection.make(&directory).map(|()| selection));
+    make.await.map_err(|e| Error::internal("a writing thread ended").source(e))?
+}
+
+/// The databases that a restore as asked for would leave out.
+pub async fn left_out(repository: &Repository, options: &Options, choice: &Choice) -> Result<Vec<Database>> {
+    if options.databases.is_empty() {
+        return Ok(Vec::new());
+    }
+    let mut contents = fetch::Contents::read(repository, choice.backup.backup_id).await?;
+    Ok(Selection::of(&mut contents, &options.databases, &choice.backup)?.left_out)
 }
 
 /// Makes the directory if need be and keeps every other process of ours out of it: one that came later would find a
@@ -161,6 +190,7 @@ pub async fn check(repository: &Repository, options: &Options) -> Result<()> {
     if options.overwrite == Overwrite::Differences && unfinished.is_none() {
         same_cluster(&options.data_dir, &choice.backup)?;
     }
+    left_out(repository, options, &choice).await?;
     let tablespaces = layout::Tablespaces::map(&choice.backup, &options.tablespace_map)?;
     tablespaces.check(&options.data_dir, options.overwrite, unfinished.as_deref())
 }

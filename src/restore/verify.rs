@@ -1,6 +1,6 @@
 //! What a restore would find, looked for ahead of time. Whatever no backup needs is of no interest here.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 
 use futures::{StreamExt, TryStreamExt};
 use serde::Serialize;
@@ -8,23 +8,38 @@ use serde::Serialize;
 use super::delta::Have;
 use super::fetch::{self, Contents, REQUESTS};
 use super::plan::Reachable;
+use super::sample::Sample;
 use crate::error::{Error, Kind, Result};
 use crate::events::{Event, Events, Level};
 use crate::model::{Lsn, PackId};
 use crate::repository::manifest::{BackupHead, Backups};
-use crate::repository::{Repository, WalPlace, WalSource, layout, tips};
+use crate::repository::{Region, Repository, WalPlace, WalSource, layout, tips};
 use crate::wal::{SegmentName, WalFileName, scan_part, scan_segment};
 
-/// Segments looked at once: heads, or whole ones of which each takes its size in memory.
+/// Segments looked at once: heads, or whole ones of which each takes its size in memory (a sample is for beside a server).
 const HEADS: usize = 16;
 const SEGMENTS: usize = 3;
+const SEGMENTS_OF_SAMPLE: usize = 1;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Depth {
     /// Everything that a restore needs is there and has the right size; manifests are read.
     Quick,
+    /// The same, and a part of it is read.
+    Sample(Sample),
     /// All of it is read: every frame's hash, every record of WAL.
     Full,
+}
+
+impl Depth {
+    /// Whether an object is read to the end.
+    fn reads(self, key: &str) -> bool {
+        match self {
+            Depth::Quick => false,
+            Depth::Sample(sample) => sample.takes(key),
+            Depth::Full => true,
+        }
+    }
 }
 
 /// Something a restore would trip over.
@@ -59,13 +74,13 @@ pub async fn verify(repository: &Repository, depth: Depth, events: &Events) -> R
     for error in damaged {
         report.find(&error, "nothing can be restored from this backup".to_owned());
     }
-    let packs = pack_sizes(repository).await?;
+    let mut packs = Packs { sizes: pack_sizes(repository).await?, sound: HashSet::new() };
     for backup in &sound {
         let before = report.findings.len();
-        look_at_backup(repository, backup, &packs, depth, &mut report).await?;
+        look_at_backup(repository, backup, &mut packs, depth, &mut report).await?;
         tell(events, format!("backup {}: {} findings", backup.backup_id, report.findings.len() - before));
     }
-    look_at_besides(repository, &packs, depth, &mut report).await?;
+    look_at_besides(repository, &mut packs, depth, &mut report).await?;
     look_at_consistency(repository, &sound, &mut report).await?;
     let claims = repository.claims(repository.generations().await?).await?;
     let mut seen = BTreeSet::new();
@@ -82,7 +97,7 @@ pub async fn verify(repository: &Repository, depth: Depth, events: &Events) -> R
         tell(events, format!("history of generation {tip}: {} segments looked at", seen.len()));
     }
     report.segments = seen.len();
-    report.packs = packs.len();
+    report.packs = packs.sizes.len();
     Ok(report)
 }
 
@@ -120,7 +135,7 @@ async fn pack_sizes(repository: &Repository) -> Result<BTreeMap<String, u64>> {
 async fn look_at_backup(
     repository: &Repository,
     backup: &BackupHead,
-    packs: &BTreeMap<String, u64>,
+    packs: &mut Packs,
     depth: Depth,
     report: &mut Report,
 ) -> Result<()> {
@@ -133,12 +148,7 @@ async fn look_at_backup(
 }
 
 /// Directories beside the database.
-async fn look_at_besides(
-    repository: &Repository,
-    packs: &BTreeMap<String, u64>,
-    depth: Depth,
-    report: &mut Report,
-) -> Result<()> {
+async fn look_at_besides(repository: &Repository, packs: &mut Packs, depth: Depth, report: &mut Report) -> Result<()> {
     let (sound, damaged) = repository.besides(None).await?;
     for error in damaged {
         report.find(&error, "a snapshot of a directory beside the database cannot be put back".to_owned());
@@ -157,21 +167,54 @@ async fn look_at_besides(
 async fn look_at_contents(
     repository: &Repository,
     contents: &Contents,
-    packs: &BTreeMap<String, u64>,
+    packs: &mut Packs,
     depth: Depth,
     consequence: &(dyn Fn() -> String + Sync),
     report: &mut Report,
 ) -> Result<()> {
-    let fetch = fetch::plan(contents, &Have::default());
+    let broken = look_at_sizes(repository, contents, packs, consequence, report);
+    if depth == Depth::Quick {
+        return Ok(());
+    }
+    let fetch = fetch::plan(contents, &packs.known(contents, depth));
+    let wanted = |pack: PackId| !broken.contains(&pack) && depth.reads(&layout::pack(pack));
+    let checks = fetch::checks(repository, fetch).filter(|check| wanted(check.pack));
+    let checks: Vec<_> =
+        checks.map(|check| async move { (check.pack, check.bytes, check.frames, check.outcome.await) }).collect();
+    let mut checks = futures::stream::iter(checks).buffer_unordered(REQUESTS);
+    let (mut all_sound, mut sound) = (true, Vec::new());
+    while let Some((pack, bytes, frames, checked)) = checks.next().await {
+        report.bytes += bytes;
+        sound.extend(frames.into_iter().map(|offset| (pack, offset)));
+        if let Err(error) = checked {
+            all_sound = false;
+            report.find_or(error, consequence())?;
+        }
+    }
+    // Each backup that needs something damaged says so: it is read again for the next.
+    if all_sound {
+        packs.sound.extend(sound);
+    }
+    Ok(())
+}
+
+/// Whether the packs are there and go far enough; those that do not.
+fn look_at_sizes(
+    repository: &Repository,
+    contents: &Contents,
+    packs: &Packs,
+    consequence: &(dyn Fn() -> String + Sync),
+    report: &mut Report,
+) -> BTreeSet<PackId> {
     let mut needed: BTreeMap<PackId, u64> = BTreeMap::new();
-    for range in &fetch.ranges {
+    for range in &fetch::plan(contents, &Have::default()).ranges {
         let end = needed.entry(range.pack).or_default();
         *end = range.end.max(*end);
     }
     let mut broken = BTreeSet::new();
     for (pack, end) in needed {
         let key = layout::pack(pack);
-        let error = match packs.get(&key) {
+        let error = match packs.sizes.get(&key) {
             Some(size) if *size >= end => continue,
             Some(size) => repository.corrupt(&key, format!("it is {size} bytes long, {end} are needed")),
             None => repository.missing(&key),
@@ -179,18 +222,32 @@ async fn look_at_contents(
         broken.insert(pack);
         report.find(&error, consequence());
     }
-    if depth == Depth::Full {
-        let checks = fetch::checks(repository, fetch).filter(|(pack, ..)| !broken.contains(pack));
-        let checks: Vec<_> = checks.map(|(_, bytes, check)| async move { (bytes, check.await) }).collect();
-        let mut checks = futures::stream::iter(checks).buffer_unordered(REQUESTS);
-        while let Some((bytes, checked)) = checks.next().await {
-            report.bytes += bytes;
-            if let Err(error) = checked {
-                report.find_or(error, consequence())?;
+    broken
+}
+
+/// What is known of packs: their sizes, and the frames that were read and found right, of which many backups have the same.
+struct Packs {
+    sizes: BTreeMap<String, u64>,
+    sound: HashSet<(PackId, u64)>,
+}
+
+impl Packs {
+    /// The regions of which nothing has to be read.
+    fn known(&self, contents: &Contents, depth: Depth) -> Have {
+        let read: Vec<bool> = contents.packs.iter().map(|pack| depth.reads(&layout::pack(*pack))).collect();
+        let is_known = |region: &Region| {
+            let unknown = |pack: u32, offset: u64| {
+                let number = pack as usize;
+                read[number] && !self.sound.contains(&(contents.packs[number], offset))
+            };
+            match (depth, region.patches.last()) {
+                // What several frames come to is looked at too. The last of them was made for just these.
+                (Depth::Full, Some(last)) => !unknown(last.frame.pack, last.frame.offset),
+                _ => !region.frames().any(|frame| unknown(frame.pack, frame.offset)),
             }
-        }
+        };
+        Have::of(contents.files.iter().map(|file| file.regions.iter().map(is_known).collect()).collect())
     }
-    Ok(())
 }
 
 /// Whether each backup still has the WAL without which it is none. It waited for that under its own generation.
@@ -259,19 +316,23 @@ async fn look_at_wal(
             }
         }
     }
-    let at_once = match depth {
-        Depth::Quick => HEADS,
-        Depth::Full => SEGMENTS,
+    // The end of a log counts as the segment that it will be.
+    let reads = |(name, place): &(SegmentName, WalPlace)| {
+        depth.reads(&layout::wal_file(place.generation, WalFileName::Segment(*name)))
     };
-    let looks: Vec<_> =
-        wanted.into_iter().map(|(name, place)| look_at_segment(repository, reachable, name, place, depth)).collect();
-    let mut looks = futures::stream::iter(looks).buffer_unordered(at_once);
-    while let Some((name, looked)) = looks.next().await {
-        match looked {
-            Ok(bytes) => report.bytes += bytes,
-            Err(error) => {
-                let start = name.start(size).unwrap_or(Lsn(0));
-                report.find_or(error, format!("no point behind {start} can be reached from an earlier backup"))?;
+    let (whole, heads): (Vec<_>, Vec<_>) = wanted.into_iter().partition(reads);
+    let whole_at_once = if depth == Depth::Full { SEGMENTS } else { SEGMENTS_OF_SAMPLE };
+    for (segments, read, at_once) in [(heads, false, HEADS), (whole, true, whole_at_once)] {
+        let looks = segments.into_iter().map(|(name, place)| look_at_segment(repository, reachable, name, place, read));
+        let looks: Vec<_> = looks.collect();
+        let mut looks = futures::stream::iter(looks).buffer_unordered(at_once);
+        while let Some((name, looked)) = looks.next().await {
+            match looked {
+                Ok(bytes) => report.bytes += bytes,
+                Err(error) => {
+                    let start = name.start(size).unwrap_or(Lsn(0));
+                    report.find_or(error, format!("no point behind {start} can be reached from an earlier backup"))?;
+                }
             }
         }
     }
@@ -292,22 +353,22 @@ impl WalPlaceKey {
     }
 }
 
-/// One segment; the bytes that were read of it.
+/// One segment, all of it or its head; the bytes that were read to check them.
 async fn look_at_segment(
     repository: &Repository,
     reachable: &Reachable,
     name: SegmentName,
     place: WalPlace,
-    depth: Depth,
+    read: bool,
 ) -> (SegmentName, Result<u64>) {
     let looked = async {
-        match (depth, place.source) {
-            (Depth::Quick, WalSource::Object { .. }) => {
+        match (read, place.source) {
+            (false, WalSource::Object { .. }) => {
                 repository.wal_is_whole(place.generation, WalFileName::Segment(name)).await.map(|()| 0)
             }
             // The log was looked at when it was listed; its entries are small.
-            (Depth::Quick, WalSource::Log { .. }) => Ok(0),
-            (Depth::Full, source) => {
+            (false, WalSource::Log { .. }) => Ok(0),
+            (true, source) => {
                 let size = reachable.lineage.tip().segment_size;
                 let content = match repository.segment_content(&reachable.index, place, name, size).await {
                     // The entries were collected while we looked: the segment is whole by now.

@@ -14,6 +14,7 @@ use crate::error::{Error, Kind, Result};
 use crate::events::{Event, Events};
 use crate::model::{BackupId, Generation, Lsn, Timestamp, WriteId};
 use crate::repository::{PruneRecord, Repository};
+use crate::storage::{Refused, delete_if_allowed};
 
 use census::Census;
 
@@ -42,6 +43,8 @@ pub struct Report {
     pub bytes: u64,
     pub bytes_later: u64,
     pub logs: u64,
+    /// What the store did not let go; the next prune tries again.
+    pub refused: Refused,
 }
 
 /// One backup and the rules' answer.
@@ -99,13 +102,22 @@ pub async fn prune(repository: &Repository, options: &Options, events: &Events) 
         later: all.filter(|id| deleted(id).is_some()).collect(),
     };
     let (garbage, bytes_later) = sweep::find(repository, &census, &plan, options, store_now, &over).await?;
-    let report = report(&census, &plan, &garbage, bytes_later);
+    let mut report = report(&census, &plan, &garbage, bytes_later);
     if !options.dry_run {
-        sweep::delete(repository, &census, &garbage).await?;
+        let deleted = sweep::delete(repository, &census, &garbage).await?;
+        (report.objects, report.bytes, report.refused) = (deleted.objects, deleted.bytes, deleted.refused);
         forget_older(repository).await?;
         events.emit(Event::Pruned { backups: goes.len() as u64, objects: report.objects, bytes: report.bytes });
+        tell_refused(&report.refused, events);
     }
     Ok(report)
+}
+
+fn tell_refused(refused: &Refused, events: &Events) {
+    if let (Some(why), true) = (&refused.why, refused.objects > 0) {
+        let (objects, bytes) = (refused.objects, refused.bytes);
+        events.emit(Event::DeletesRefused { objects, bytes, why: why.clone() });
+    }
 }
 
 /// A pin that was put while we decided counts: whoever put it looked afterwards, and found the backup there.
@@ -137,7 +149,7 @@ async fn forget_older(repository: &Repository) -> Result<()> {
     let mut records = repository.prunes().await?;
     records.pop();
     for record in records {
-        repository.store().delete(&record.key).await?;
+        delete_if_allowed(repository.store(), &record.key).await?;
     }
     Ok(())
 }
@@ -162,5 +174,94 @@ fn report(census: &Census, plan: &policy::Plan, garbage: &sweep::Garbage, bytes_
         bytes: garbage.bytes(),
         bytes_later,
         logs: garbage.logs.len() as u64,
+        refused: Refused::default(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::clock::Clock;
+    use crate::model::{PackId, SystemId};
+    use crate::repository::manifest::{BackupHead, Line, LinesWriter, backup_head};
+    use crate::repository::{Codec, NewWriter, layout};
+    use crate::storage::faulty::Faulty;
+    use crate::storage::{Adapter, Body, Store};
+    use crate::wal::SegmentSize;
+
+    const PACKS: [PackId; 3] = [PackId([1; 16]), PackId([2; 16]), PackId([3; 16])];
+
+    /// A generation, a backup that was deleted with its pack, and two packs that are nobody's.
+    async fn repository() -> (Faulty, Repository, BackupId) {
+        let store = Faulty::new(Arc::new(Adapter::memory()));
+        let clock = Clock::system();
+        let (repository, _) = Repository::init(Arc::new(store.clone()), Codec::default(), &clock).await.expect("made");
+        let new = NewWriter {
+            writer_id: WriteId([0; 16]),
+            system_id: SystemId(1),
+            pg_major: 15,
+            segment_size: SegmentSize::try_from(16 << 20).expect("16 MB"),
+            host: String::new(),
+        };
+        repository.try_claim(None, None, &new).await.expect("asked").expect("claimed");
+        for pack in PACKS {
+            store.create(&layout::pack(pack), &Body::from(vec![pack.0[0]; 100])).await.expect("put");
+        }
+        let head = backup_head(1, 1, 40, 80);
+        let head = BackupHead { repository_id: repository.descriptor().repository_id, packs: 1, ..head };
+        let mut lines = LinesWriter::new(Codec::default());
+        lines.add(&Line::Pack(PACKS[0])).expect("added");
+        let (head, body) = head.with(lines).expect("written");
+        repository.put_manifest(head.backup_id, &body).await.expect("put");
+        repository.put_tombstone(head.backup_id).await.expect("put");
+        (store, repository, head.backup_id)
+    }
+
+    async fn prune_now(repository: &Repository) -> Report {
+        let keep = Keep { last: 1, ..Keep::default() };
+        let options = Options { keep, grace: Duration::ZERO, dry_run: false, generation: None };
+        prune(repository, &options, &Events::silent()).await.expect("pruned")
+    }
+
+    async fn is_there(store: &Faulty, key: &str) -> bool {
+        store.read(key, 0..1).await.expect("read").is_some()
+    }
+
+    #[tokio::test]
+    async fn what_a_lock_keeps_stays_alone_and_goes_once_the_lock_is_gone() {
+        let (store, repository, id) = repository().await;
+        let (manifest, tombstone) = (layout::manifest(id), layout::tombstone(id));
+        store.keep(&[&layout::pack(PACKS[1]), &manifest]);
+        let report = prune_now(&repository).await;
+        // The tombstone was not even tried: without it the backup would be there again, and its pack is gone.
+        assert_eq!((report.objects, report.refused.objects), (2, 3), "{report:?}");
+        assert!(report.bytes >= 200 && report.refused.bytes > 100, "{report:?}");
+        assert!(report.refused.why.as_ref().is_some_and(|why| why.contains("locked on purpose")), "{report:?}");
+        assert!(is_there(&store, &manifest).await && is_there(&store, &tombstone).await);
+        assert_eq!(repository.backup_ids().await.expect("listed"), []);
+        let gone = [is_there(&store, &layout::pack(PACKS[0])).await, is_there(&store, &layout::pack(PACKS[2])).await];
+        assert_eq!(gone, [false, false], "the others go");
+
+        let again = prune_now(&repository).await;
+        assert_eq!((again.objects, again.refused.objects), (0, 3), "once each time, not for ever");
+        store.keep(&[]);
+        let last = prune_now(&repository).await;
+        assert_eq!((last.objects, last.refused.clone()), (3, Refused::default()), "{last:?}");
+        assert!(!is_there(&store, &manifest).await && !is_there(&store, &tombstone).await);
+    }
+
+    #[tokio::test]
+    async fn where_nothing_can_be_deleted_a_repository_is_made_and_pruned_all_the_same() {
+        let store = Faulty::new(Arc::new(Adapter::memory()));
+        store.keep(&[""]);
+        let made = Repository::init(Arc::new(store.clone()), Codec::default(), &Clock::system()).await;
+        assert!(made.is_ok(), "{made:?}");
+        let (store, repository, id) = repository().await;
+        store.keep(&[""]);
+        let report = prune_now(&repository).await;
+        assert_eq!(report.objects, 0, "{report:?}");
+        assert!(report.refused.objects >= 4 && is_there(&store, &layout::manifest(id)).await, "{report:?}");
     }
 }

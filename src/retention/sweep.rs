@@ -9,7 +9,7 @@ use crate::error::{Error, Kind, Result};
 use crate::model::{BackupId, Generation, PackId, Timestamp};
 use crate::repository::manifest::{BackupHead, BackupObjects};
 use crate::repository::{Repository, WalListing, layout};
-use crate::storage::Entry;
+use crate::storage::{Deleted, Entry};
 use crate::wal::{SegmentName, WalFileName};
 
 use super::census::Census;
@@ -17,7 +17,7 @@ use super::needs::Needs;
 use super::policy::{Plan, age_of_left_behind};
 use super::{Keep, Options};
 
-/// Objects deleted at once, and between two looks whether we are still the newest generation.
+/// Looks made at once, and objects deleted between two looks whether we are still the newest generation.
 const PARALLEL: usize = 16;
 const BATCH: usize = 500;
 
@@ -235,27 +235,54 @@ async fn packs(
     Ok(dead)
 }
 
-/// Deletes it. Whatever interrupts this, nothing needed is missing, and the next prune goes on.
-pub async fn delete(repository: &Repository, census: &Census, garbage: &Garbage) -> Result<()> {
+/// Deletes it, as far as the store lets it go. Whatever interrupts this, nothing needed is missing, and the next prune goes on.
+/// Entries of logs are not counted but where they are refused: they repeat what segments have, or nobody needs.
+pub async fn delete(repository: &Repository, census: &Census, garbage: &Garbage) -> Result<Deleted> {
+    let store = repository.store();
     for generation in &garbage.logs {
         still_newest(repository, census.newest).await?;
-        repository.collect_whole_log(*generation).await?;
+        repository.pass_whole_log(*generation).await?;
     }
+    let mut of_logs = Deleted::default();
+    for (generation, entries) in passed(repository, census).await? {
+        in_batches(repository, census, &entries, &mut of_logs).await?;
+        repository.forget_bounds(generation, repository.log_bound_number(generation).await?).await?;
+    }
+    let mut deleted = Deleted { refused: of_logs.refused, ..Deleted::default() };
     for entries in [&garbage.wal, &garbage.packs] {
-        for batch in entries.chunks(BATCH) {
-            still_newest(repository, census.newest).await?;
-            let deletes = batch.iter().map(|entry| repository.store().delete(&entry.key));
-            futures::stream::iter(deletes)
-                .buffer_unordered(PARALLEL)
-                .try_for_each(|()| std::future::ready(Ok(())))
-                .await?;
-        }
+        in_batches(repository, census, entries, &mut deleted).await?;
     }
     still_newest(repository, census.newest).await?;
+    let mut kept = BTreeSet::new();
     for entry in &garbage.of_backups {
-        repository.store().delete(&entry.key).await?;
+        let backup = layout::parse_backup(&entry.key).map(|(id, _)| id);
+        // What comes after it must not go before it: the tombstone is the last.
+        if kept.contains(&backup) {
+            deleted.keep(entry.size);
+        } else if !deleted.one(store, &entry.key, entry.size).await? {
+            kept.insert(backup);
+        }
+    }
+    Ok(deleted)
+}
+
+async fn in_batches(repository: &Repository, census: &Census, entries: &[Entry], deleted: &mut Deleted) -> Result<()> {
+    for batch in entries.chunks(BATCH) {
+        still_newest(repository, census.newest).await?;
+        deleted.all(repository.store(), batch.iter().map(|entry| (entry.key.clone(), entry.size))).await?;
     }
     Ok(())
+}
+
+/// What the bounds of replaced writers' logs have passed and is there still. The newest writer lets its own go.
+async fn passed(repository: &Repository, census: &Census) -> Result<Vec<(Generation, Vec<Entry>)>> {
+    let older =
+        census.listed.iter().map(|listing| listing.generation).filter(|generation| *generation != census.newest);
+    let looks: Vec<_> = older
+        .map(|generation| async move { Ok::<_, Error>((generation, repository.passed_entries(generation).await?)) })
+        .collect();
+    let passed: Vec<_> = futures::stream::iter(looks).buffered(PARALLEL).try_collect().await?;
+    Ok(passed.into_iter().filter(|(_, entries)| !entries.is_empty()).collect())
 }
 
 /// Only the newest generation deletes: another one may have decided otherwise since.

@@ -6,6 +6,7 @@ use std::fmt;
 
 use crate::error::{Error, Kind};
 use crate::model::{Generation, RepositoryId, SystemId, WriteId};
+use crate::postgres::data_dir::{PARTIAL_HINT, what_is_partial};
 use crate::repository::Claim;
 
 /// What is in the data directory.
@@ -15,6 +16,8 @@ pub enum Directory {
     Vacant,
     /// A restore that did not finish.
     Unfinished,
+    /// A copy that has some databases of its cluster only.
+    Partial,
     /// A cluster that this program has run: whose; whether every later generation wrote nothing at all; and, if the
     /// repository has WAL that the directory lacks, why.
     Ours {
@@ -163,6 +166,9 @@ pub fn decide(facts: &Facts) -> Decision {
             format!("a server (process {pid}) is running in {}", facts.data_dir),
             "stop it first; to protect a server that something else supervises, use archive_command = 'perennial wal push \"%p\"'".to_owned(),
         ),
+        (Directory::Partial, _) => {
+            refuse(Kind::Refused, what_is_partial(facts.data_dir.as_ref()), PARTIAL_HINT.to_owned())
+        }
         (Directory::Foreign, _) => refuse(
             Kind::Refused,
             format!("{} is not empty and not a PostgreSQL data directory", facts.data_dir),
@@ -464,6 +470,15 @@ mod tests {
         assert_eq!(parent_of(decided(copy(Some(Generation(1))), used(3, true), "adopt")), Some(Generation(1)));
         assert_eq!(parent_of(decided(copy(None), used(3, true), "adopt")), Some(Generation(3)));
         assert_eq!(parent_of(decided(copy(None), Bucket::Empty, "adopt")), None);
+    }
+
+    #[test]
+    fn a_part_of_a_cluster_is_refused_whatever_is_said() {
+        for bucket in [Bucket::Empty, used(3, true), used(3, false)] {
+            let decision = decided(Directory::Partial, bucket, "init adopt discard");
+            assert!(is_refused(&decision, Kind::Refused), "{decision}");
+            assert!(decision.to_string().contains("--database"), "{decision}");
+        }
     }
 
     #[test]

@@ -11,7 +11,7 @@ use crate::clock::Clock;
 use crate::error::Result;
 use crate::model::Generation;
 use crate::postgres::control_file::State;
-use crate::postgres::data_dir::{OWN_DIR, RESTORE_MARKER};
+use crate::postgres::data_dir::{OWN_DIR, PARTIAL, RESTORE_MARKER};
 use crate::postgres::{ControlFile, PostmasterFile, is_vacant, version_of};
 use crate::repository::log::LogView;
 use crate::repository::{Claim, Found, Repository, WalPlace, WalSource, Writer, layout};
@@ -94,6 +94,9 @@ async fn look_at(data_dir: &Path, repository: Option<&Repository>, newest: Optio
     }
     if data_dir.join(RESTORE_MARKER).is_file() {
         return Ok(Directory::Unfinished);
+    }
+    if data_dir.join(PARTIAL).is_file() {
+        return Ok(Directory::Partial);
     }
     if !data_dir.join("PG_VERSION").is_file() {
         return Ok(Directory::Foreign);

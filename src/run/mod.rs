@@ -26,7 +26,7 @@ use crate::copy::Copy;
 use crate::disk;
 use crate::error::{Error, Result};
 use crate::events::{Event, Events};
-use crate::model::{Beside, ByteSize, Generation, WriteId};
+use crate::model::{Beside, ByteSize, Generation, Share, WriteId};
 use crate::postgres::{ConnectOptions, Install, version_of};
 use crate::repository::log::Position;
 use crate::repository::{Claim, Codec, NewWriter, Recipient, Repository, Writer};
@@ -70,6 +70,8 @@ pub struct Options {
     pub backup_every: Duration,
     /// Proofs that the newest state can be restored.
     pub drill: Option<Drills>,
+    /// Looks at the repository, a part of it each time.
+    pub verify: Option<Verifications>,
     /// A second place that is kept current.
     pub also: Option<Also>,
     /// What is kept of old backups; no rule: everything.
@@ -117,6 +119,14 @@ pub struct Drills {
     pub directory: PathBuf,
     /// Statements that must say true.
     pub checks: Vec<String>,
+}
+
+/// Verifications by schedule.
+#[derive(Debug, Clone, Copy)]
+pub struct Verifications {
+    pub every: Duration,
+    /// How much is read each time.
+    pub share: Share,
 }
 
 /// What happens once too much WAL waits for a repository that cannot be reached.
@@ -268,6 +278,7 @@ impl Machine<'_> {
             action: Action::Promote,
             generation: Some(newest.generation),
             timeline: None,
+            databases: Vec::new(),
             tablespace_map: std::collections::BTreeMap::new(),
             overwrite: Overwrite::Never,
             keep_archiving: true,

@@ -1,4 +1,4 @@
-//! When the next base backup is due. Pure but for the loop.
+//! What is done by schedule while a server runs: base backups, with pruning after them, drills, verifications, copies.
 
 use std::time::Duration;
 
@@ -11,7 +11,7 @@ use crate::error::{Kind, Result};
 use crate::events::{Event, Events};
 use crate::model::{BackupId, Timestamp};
 use crate::repository::Writer;
-use crate::restore::{Reachable, Target};
+use crate::restore::{self, Reachable, Target};
 use crate::retention;
 use crate::status::Board;
 
@@ -97,6 +97,7 @@ pub(super) async fn follow(
             ended = backups(options, &pusher, begins_anew, (events, board)) => return ended,
             () = drills(options, &pusher, events) => (),
             () = copies(options, &pusher, events) => (),
+            () = verifications(options, &pusher, events) => (),
             changed = writer.changed() => {
                 if changed.is_err() {
                     return std::future::pending().await;
@@ -152,6 +153,26 @@ async fn drills(options: &Options, pusher: &Pusher, events: &Events) {
         if let Err(error) = held.await {
             events.warning(format!("no drill could be held: {error}"));
             repository.clock().sleep(LONGEST_RETRY).await;
+        }
+    }
+}
+
+/// Verifies the repository for as long as the server runs, a part of it each time. What could not be looked at is tried again.
+async fn verifications(options: &Options, pusher: &Pusher, events: &Events) {
+    let Some(verify) = options.verify else { return std::future::pending().await };
+    let (repository, clock) = (&pusher.repository, pusher.repository.clock());
+    loop {
+        let looked = async {
+            let last = repository.last_verification().await?.map(|record| record.at);
+            clock.sleep(until_due(last, clock.now(), verify.every)).await;
+            while last_backup(pusher).await?.is_none() {
+                clock.sleep(FIRST_RETRY).await;
+            }
+            restore::verify_next(repository, verify.share, events).await
+        };
+        if let Err(error) = looked.await {
+            events.warning(format!("the repository could not be verified: {error}"));
+            clock.sleep(LONGEST_RETRY).await;
         }
     }
 }

@@ -22,6 +22,11 @@ pub(super) fn meaning(raw: Raw, url: &str, local: bool) -> Meaning {
     let text = full_text(&raw);
     match &raw {
         Raw::NotFound { .. } if local => return Meaning::Absent,
+        // EPERM, EACCES, EROFS.
+        Raw::Generic { .. } if local && says(&text, &["(os error 1)", "(os error 13)", "(os error 30)"]) => {
+            let error = Error::new(Kind::Denied, format!("{url}: access is denied: {}", brief(&text)));
+            return Meaning::Failed(error.hint("let the user that runs perennial write to the directory"));
+        }
         Raw::AlreadyExists { .. } if local => return Meaning::Taken,
         Raw::NotFound { .. } if says(&text, &["NoSuchBucket", "ContainerNotFound"]) => {
             return Meaning::Failed(
@@ -96,8 +101,25 @@ impl Said {
 /// What an error of a profile's credentials starts with.
 pub(super) const NO_PROFILE_CREDENTIAL: &str = "no credential from AWS profile";
 
+/// What stores call it when a lock keeps an object (GCS; Azure, whose status for it is 409; R2 and MinIO; S3 of one version).
+const LOCKED: &[&str] = &[
+    "retentionPolicyNotMet",
+    "RetentionPolicyNotMet",
+    "ObjectUnderActiveHold",
+    "BlobImmutableDueToPolicy",
+    "ObjectLocked",
+    "protected by object lock",
+    "WORM protected",
+];
+
 /// What the store's own codes mean to an operator, told by status and code.
 const TABLE: &[(&[&str], Kind, &str, &str)] = &[
+    (
+        LOCKED,
+        Kind::Denied,
+        "a retention policy or a hold keeps the object",
+        "it can go once its retention is over or the hold was taken away",
+    ),
     (
         &["ExpiredToken", "TokenRefreshRequired", "ExpiredTokenException"],
         Kind::Denied,
@@ -149,12 +171,13 @@ const TABLE: &[(&[&str], Kind, &str, &str)] = &[
 
 fn failure(text: &str, url: &str) -> Error {
     let said = Said::read(text);
+    let locked = says(&said.words, LOCKED);
     if said.of_credentials && !said.is_transient() {
         let message = format!("{url}: no usable credentials were found: {}", brief(text));
         return Error::new(Kind::Denied, message)
             .hint("set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or AWS_PROFILE, or give the instance a role");
     }
-    if said.is_transient() {
+    if said.is_transient() && !locked {
         return Error::new(Kind::Unreachable, format!("{url}: the store answered that it cannot now: {}", brief(text)))
             .hint("the store is overloaded or failing; run the command again later")
             .retryable();
@@ -291,6 +314,18 @@ mod tests {
             ),
             (
                 "Generic S3 error: Error performing PUT http://169.254.169.254/latest/api/token in 1ms - HTTP error: error sending request".to_owned(),
+                Kind::Denied,
+                false,
+            ),
+            // Locked objects: Azure's is a conflict by its status, Google's a refusal; S3 says it within a list of results.
+            (
+                raw("409 Conflict", "<Error><Code>BlobImmutableDueToPolicy</Code><Message>immutable</Message></Error>"),
+                Kind::Denied,
+                false,
+            ),
+            (raw("403 Forbidden", "{\"reason\": \"retentionPolicyNotMet\"}"), Kind::Denied, false),
+            (
+                "Generic S3 error: Failed to delete object k: Access Denied because object protected by object lock. (code: AccessDenied)".to_owned(),
                 Kind::Denied,
                 false,
             ),

@@ -30,11 +30,13 @@ pub struct Faulty {
     faults: Arc<Mutex<VecDeque<Fault>>>,
     /// When set, every create is answered as if the key had been free, as a store without conditions would.
     pub ignores_conditions: bool,
+    /// What begins with one of these cannot be deleted, as under a lock.
+    locked: Arc<Mutex<Vec<String>>>,
 }
 
 impl Faulty {
     pub fn new(inner: Arc<dyn Store>) -> Faulty {
-        Faulty { inner, faults: Arc::default(), ignores_conditions: false }
+        Faulty { inner, faults: Arc::default(), ignores_conditions: false, locked: Arc::default() }
     }
 
     pub fn queue(&self, faults: &[Fault]) {
@@ -44,6 +46,17 @@ impl Faulty {
     /// Leaves out the faults that were not met.
     pub fn forget(&self) {
         self.lock().clear();
+    }
+
+    /// From now on just what begins with one of these is locked.
+    pub fn keep(&self, beginnings: &[&str]) {
+        let mut locked = self.locked.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        *locked = beginnings.iter().map(|beginning| (*beginning).to_owned()).collect();
+    }
+
+    fn keeps(&self, key: &str) -> bool {
+        let locked = self.locked.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        locked.iter().any(|beginning| key.starts_with(beginning))
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, VecDeque<Fault>> {
@@ -88,6 +101,9 @@ impl Store for Faulty {
     }
 
     async fn delete(&self, key: &str) -> Result<()> {
+        if self.keeps(key) {
+            return Err(Error::new(Kind::Denied, format!("{}: locked on purpose", self.url(key))));
+        }
         self.with_fault(self.inner.delete(key)).await
     }
 }

@@ -7,6 +7,7 @@ mod adapter;
 #[cfg(any(test, feature = "testing"))]
 pub mod conformance;
 mod credentials;
+mod delete;
 mod failure;
 #[cfg(any(test, feature = "testing"))]
 pub mod faulty;
@@ -28,6 +29,7 @@ use crate::events::Events;
 use crate::model::Timestamp;
 
 pub use adapter::Adapter;
+pub use delete::{Deleted, Refused, delete_if_allowed};
 pub use location::{Location, Scheme};
 pub use probe::probe;
 pub use read_only::ReadOnly;

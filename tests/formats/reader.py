@@ -370,7 +370,7 @@ class Repository:
             lines = {"pack": [], "dir": [], "link": [], "file": [], "end": []}
             for count, line in enumerate(text.splitlines()):
                 for kind, value in json.loads(line).items():
-                    lines[kind].append(value)
+                    lines.setdefault(kind, []).append(value)
             demand(lines["end"] == [count] == [value], key, "the end line is wrong or missing")
             counted = [len(lines["file"]), sum(file["size"] for file in lines["file"])]
             demand(counted == [head["files"], head["bytes"]], key, "a count is wrong")
@@ -602,7 +602,7 @@ def check_key(repo, key):
     elif re.fullmatch(r"backups/[^/]+/(begun|deleted|pins/[0-9a-f]{32})", key):
         kind = {"begun": "begun", "deleted": "tombstone", "pins": "pin"}[parts[2]]
         parse_document(key, repo.read(key), f"perennial/{kind}")
-    elif re.fullmatch(r"(prunes|drills)/[0-9a-f]{16}-[0-9a-f]{32}", key):
+    elif re.fullmatch(r"(prunes|drills|verifications)/[0-9a-f]{16}-[0-9a-f]{32}", key):
         parse_document(key, repo.read(key), f"perennial/{parts[0][:-1]}")
     elif parts[0] == "backups" and parts[1] not in repo.backups():
         pass  # what a deleted backup names may be gone
@@ -659,7 +659,8 @@ def cat(repo, key):
     else:
         content = [repo.read(key)]
         names = {"begun": "begun", "deleted": "tombstone"}
-        places = {"/collected/": "collected", "/pins/": "pin", "prunes/": "prune", "drills/": "drill", "generations/": "generation"}
+        places = {"/collected/": "collected", "/pins/": "pin", "prunes/": "prune", "drills/": "drill",
+                  "verifications/": "verification", "generations/": "generation"}
         kind = names.get(key.split("/")[-1]) or next((places[part] for part in places if part in key), "repository")
         parse_document(key, content[0], f"perennial/{kind}")
     sys.stdout.buffer.writelines(content)

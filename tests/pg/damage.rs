@@ -161,6 +161,42 @@ fn verify_says_what_cannot_be_restored_and_what_helps() {
     std::fs::rename(&aside, hole).expect("moved back");
 }
 
+#[test]
+fn damage_that_nobody_has_read_yet_is_found_within_a_cycle() {
+    let scratch = Scratch::new();
+    let bucket = Bucket::directory(&scratch);
+    let mut machine = Machine::new(&scratch, "a", &bucket);
+    machine.start(&["--init", "--verify-every=200ms", "--verify-sample=34%"]).ready().with_backup();
+    for part in 1..=3 {
+        machine.wait_for(&format!("verified part {part} of 3"));
+    }
+    let id = bucket.json(&["list"])["backups"][0]["id"].as_str().expect("an id").to_owned();
+    let pack = all_files(&bucket.path().join("packs")).into_iter().next().expect("a pack");
+    let sound = std::fs::read(&pack).expect("read");
+    let (from, to) = pack_frames(&sound);
+    let mut bad = sound.clone();
+    bad[(from + to) / 2] ^= 1;
+    std::fs::write(&pack, bad).expect("written");
+    machine.wait_for("the repository is damaged");
+    let name = pack.file_name().and_then(|name| name.to_str()).expect("text");
+    let log = machine.log();
+    let line = log.lines().find(|line| line.contains("the repository is damaged")).expect("said");
+    assert!(
+        line.contains("ALARM") && line.contains(name) && line.contains(&id) && line.contains("what helps"),
+        "{line}"
+    );
+    assert_eq!(machine.sql("SELECT 1"), "1", "the living server goes on");
+    // What was not read this time is not said to be sound either.
+    let found = bucket.must_fail(&["verify", "--sample=100%"], DAMAGED)
+        + &text(&bucket.command(&["verify", "--sample=100%"]).output().expect("runs"));
+    assert!(found.contains(name) && found.contains("part 1 of 1"), "{found}");
+    std::fs::write(&pack, &sound).expect("written");
+    let report = bucket.json(&["verify", "--sample=50%"]);
+    assert!(report["depth"] == "sample" && report["parts"] == 2, "{report}");
+    bucket.must(&["verify", "--full"]);
+    assert_eq!(machine.stop(), 0);
+}
+
 /// Where the frames of a pack begin and end.
 fn pack_frames(pack: &[u8]) -> (usize, usize) {
     let u32_at = |at: usize| u32::from_le_bytes(pack[at..at + 4].try_into().expect("four bytes")) as usize;

@@ -25,6 +25,7 @@ mod encrypted;
 mod live_backup;
 mod outages;
 mod retention;
+mod selected;
 mod shapes;
 mod survive;
 mod targets;

@@ -131,6 +131,37 @@ fn a_scheduled_prune_follows_the_machines_and_the_next_one_boots() {
     assert_eq!(last.stop(), 0);
 }
 
+#[test]
+fn what_the_store_does_not_let_go_is_told_and_goes_with_a_later_prune() {
+    use std::os::unix::fs::PermissionsExt;
+    let scratch = Scratch::new();
+    let bucket = Bucket::directory(&scratch);
+    let mut machine = Machine::new(&scratch, "a", &bucket);
+    machine.start(&["--init", "--rpo=20ms"]).ready().with_backup();
+    point(&machine, 1);
+    bucket.must(&["backup", "--full", "-D", machine.data_dir().to_str().expect("text")]);
+    machine.archived();
+    let packs = bucket.path().join("packs");
+    let count = || all_files(&packs).len();
+    let before = count();
+    let may_delete = |yes: bool| {
+        let mode = if yes { 0o700 } else { 0o500 };
+        std::fs::set_permissions(&packs, std::fs::Permissions::from_mode(mode)).expect("set");
+    };
+    may_delete(false);
+    let prune = ["prune", "--keep-last=1", "--prune-grace=0"];
+    let said = bucket.must_fail(&prune, 77);
+    assert!(said.contains("does not let") && said.contains("packs/"), "{said}");
+    assert_eq!((backups(&bucket).len(), count()), (1, before), "all else was done");
+    bucket.must(&["verify", "--full"]);
+    bucket.must_fail(&prune, 77);
+    may_delete(true);
+    let done = bucket.json(&prune);
+    assert!(done["report"]["refused"]["objects"] == 0 && count() < before, "{done}");
+    assert_eq!(restored(&scratch, "newest", &bucket, &[]), "1");
+    assert_eq!(machine.stop(), 0);
+}
+
 /// Rounds of the next story; `PERENNIAL_PRUNE_ROUNDS` asks for more, `PERENNIAL_PRUNE_SEED` for others.
 const ROUNDS: u64 = 3;
 

@@ -3,7 +3,7 @@
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::time::Duration;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -20,6 +20,7 @@ pub enum Line {
 pub struct Relay {
     pub endpoint: String,
     line: Arc<AtomicU8>,
+    brought: Arc<AtomicU64>,
 }
 
 impl Relay {
@@ -29,14 +30,20 @@ impl Relay {
         let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
         let address = listener.local_addr().expect("bound");
         let line = Arc::new(AtomicU8::new(Line::Open as u8));
-        let state = Arc::clone(&line);
+        let brought = Arc::new(AtomicU64::new(0));
+        let (state, count) = (Arc::clone(&line), Arc::clone(&brought));
         std::thread::spawn(move || {
             for client in listener.incoming().flatten() {
-                let state = Arc::clone(&state);
-                std::thread::spawn(move || serve(client, store, &state));
+                let (state, count) = (Arc::clone(&state), Arc::clone(&count));
+                std::thread::spawn(move || serve(client, store, &state, &count));
             }
         });
-        Relay { endpoint: format!("http://{address}"), line }
+        Relay { endpoint: format!("http://{address}"), line, brought }
+    }
+
+    /// Bytes that the store has sent since this was asked last.
+    pub fn brought(&self) -> u64 {
+        self.brought.swap(0, Ordering::SeqCst)
     }
 
     pub fn set(&self, line: Line) {
@@ -48,7 +55,7 @@ fn is(state: &AtomicU8, line: Line) -> bool {
     state.load(Ordering::SeqCst) == line as u8
 }
 
-fn serve(mut client: TcpStream, store: SocketAddr, state: &Arc<AtomicU8>) {
+fn serve(mut client: TcpStream, store: SocketAddr, state: &Arc<AtomicU8>, brought: &Arc<AtomicU64>) {
     if is(state, Line::Cut) {
         return;
     }
@@ -65,14 +72,14 @@ fn serve(mut client: TcpStream, store: SocketAddr, state: &Arc<AtomicU8>) {
     }
     let Ok(server) = TcpStream::connect(store) else { return };
     let (Ok(client_too), Ok(server_too)) = (client.try_clone(), server.try_clone()) else { return };
-    let back = Arc::clone(state);
-    let backwards = std::thread::spawn(move || copy(server_too, client_too, &back));
-    copy(client, server, state);
+    let (back, brought) = (Arc::clone(state), Arc::clone(brought));
+    let backwards = std::thread::spawn(move || copy(server_too, client_too, &back, &brought));
+    copy(client, server, state, &AtomicU64::new(0));
     let _ = backwards.join();
 }
 
-/// Copies until either end closes or the line is not open any more.
-fn copy(mut from: TcpStream, mut to: TcpStream, state: &AtomicU8) {
+/// Copies until either end closes or the line is not open any more, and counts.
+fn copy(mut from: TcpStream, mut to: TcpStream, state: &AtomicU8, count_to: &AtomicU64) {
     let _ = from.set_read_timeout(Some(Duration::from_millis(50)));
     let mut buffer = vec![0; 64 << 10];
     loop {
@@ -88,6 +95,7 @@ fn copy(mut from: TcpStream, mut to: TcpStream, state: &AtomicU8) {
                 while is(state, Line::Stalled) {
                     std::thread::sleep(Duration::from_millis(10));
                 }
+                count_to.fetch_add(count as u64, Ordering::SeqCst);
                 if to.write_all(&buffer[..count]).is_err() {
                     break;
                 }

@@ -5,8 +5,8 @@ use std::time::Duration;
 use serde_json::json;
 
 use crate::cli::setup::Setup;
-use crate::cli::{args, output};
-use crate::error::{Error, Result};
+use crate::cli::{args, exit, output};
+use crate::error::{Error, Kind, Result};
 use crate::model::{BackupId, Timestamp, human_bytes};
 use crate::repository::Repository;
 use crate::retention::{self, Keep, Report};
@@ -44,7 +44,7 @@ pub async fn run(setup: &Setup, args: args::Prune) -> Result<i32> {
     } else {
         tell(&report, args.dry_run, grace);
     }
-    Ok(0)
+    Ok(if report.refused.objects > 0 { exit::code(Kind::Denied) } else { exit::DONE })
 }
 
 fn tell(report: &Report, dry_run: bool, grace: Duration) {
@@ -65,6 +65,12 @@ fn tell(report: &Report, dry_run: bool, grace: Duration) {
     output::line(format!("\nevery point since {since} stays reachable, and each older backup that is kept for itself"));
     let verb = if dry_run { "would be deleted" } else { "deleted" };
     output::line(format!("{} objects {verb} ({})", report.objects, human_bytes(report.bytes)));
+    if report.refused.objects > 0 {
+        let (objects, bytes) = (report.refused.objects, human_bytes(report.refused.bytes));
+        output::line(format!(
+            "{objects} objects ({bytes}) stay because the store keeps them; the next prune tries again"
+        ));
+    }
     if report.bytes_later > 0 {
         let hours = grace.as_secs_f64() / 3600.0;
         output::line(format!("{} more once {hours:.1} h have passed", human_bytes(report.bytes_later)));

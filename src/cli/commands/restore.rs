@@ -7,6 +7,7 @@ use crate::cli::args::{self, ActionArg, TargetArgs};
 use crate::cli::setup::{Setup, apart, callback};
 use crate::cli::{identity, output};
 use crate::error::{Error, Result};
+use crate::repository::manifest::Database;
 use crate::restore::{self, Action, Overwrite, Target};
 
 use super::wide;
@@ -19,23 +20,29 @@ pub fn run(setup: &Setup, args: args::Restore) -> Result<i32> {
     wide(async {
         let options = options(setup, &args, data_dir)?;
         let repository = setup.repository().await?;
-        let choice = match args.dry_run {
-            true => restore::choose(&repository, &options).await?,
+        let (choice, left_out) = match args.dry_run {
+            true => {
+                let choice = restore::choose(&repository, &options).await?;
+                let left_out = restore::left_out(&repository, &options, &choice).await?;
+                (choice, left_out)
+            }
             false => {
                 // Whatever is wrong is told before a directory is made.
                 restore::check(&repository, &options).await?;
                 let _lock = restore::lock(&options.data_dir)?;
-                restore::run(&repository, &options, &setup.events).await?.choice
+                let restored = restore::run(&repository, &options, &setup.events).await?;
+                (restored.choice, restored.left_out)
             }
         };
         if setup.global.json {
-            return tell_json(&options, &choice, args.dry_run).map(|()| 0);
+            return tell_json(&options, &choice, &left_out, args.dry_run).map(|()| 0);
         }
         let verb = if args.dry_run { "would restore" } else { "restored" };
         output::line(format!("{verb} backup {} to {}", choice.backup.backup_id, choice.describe()));
+        tell_left_out(&left_out);
         if !args.dry_run {
             output::line(format!("start it: pg_ctl -D '{}' start", options.data_dir.display()));
-            if !options.keep_archiving {
+            if !options.keep_archiving && left_out.is_empty() {
                 output::line(
                     "archiving is off in this copy; to make it the database from now on: perennial run URL -D DIR --adopt",
                 );
@@ -43,6 +50,17 @@ pub fn run(setup: &Setup, args: args::Restore) -> Result<i32> {
         }
         Ok(0)
     })
+}
+
+fn tell_left_out(left_out: &[Database]) {
+    if left_out.is_empty() {
+        return;
+    }
+    let names: Vec<&str> = left_out.iter().map(|database| database.name.as_str()).collect();
+    output::line(format!("left out: {}", names.join(", ")));
+    output::line(
+        "nobody can connect to these, and DROP DATABASE works; this copy is not the whole cluster and cannot become the database",
+    );
 }
 
 /// What `restore` is asked to do.
@@ -59,6 +77,7 @@ pub(super) fn options(setup: &Setup, args: &args::Restore, data_dir: PathBuf) ->
         },
         generation: args.generation,
         timeline: args.timeline,
+        databases: args.database.clone(),
         tablespace_map: tablespace_map(&args.tablespace)?,
         overwrite: match (args.force, args.delta) {
             (true, _) => Overwrite::Empty,
@@ -96,7 +115,7 @@ fn tablespace_map(pairs: &[String]) -> Result<BTreeMap<String, PathBuf>> {
         .collect()
 }
 
-fn tell_json(options: &restore::Options, choice: &restore::Choice, dry_run: bool) -> Result<()> {
+fn tell_json(options: &restore::Options, choice: &restore::Choice, left_out: &[Database], dry_run: bool) -> Result<()> {
     output::json(&serde_json::json!({
         "schema": "perennial/restore/1",
         "dry_run": dry_run,
@@ -106,5 +125,6 @@ fn tell_json(options: &restore::Options, choice: &restore::Choice, dry_run: bool
         "generation": choice.generation,
         "timeline": choice.timeline,
         "wal_through": choice.through,
+        "left_out": left_out,
     }))
 }

@@ -8,6 +8,7 @@ use crate::cli::setup::{Setup, callback, codec};
 use crate::cli::{args, environment, identity, memory};
 use crate::copy::Copy;
 use crate::error::{Error, Result};
+use crate::model::Share;
 use crate::postgres::ConnectOptions;
 use crate::repository::Codec;
 use crate::run::{self, OnBucketLoss, WhenBehind};
@@ -25,6 +26,7 @@ const TAKEOVER_AFTER: Duration = Duration::from_secs(60);
 const BUCKET_LOSS: Duration = Duration::from_secs(10);
 const ALSO_EVERY: Duration = Duration::from_secs(300);
 const BACKUP_EVERY: Duration = Duration::from_secs(86_400);
+const VERIFY_SAMPLE: &str = "5%";
 
 pub fn run(setup: &Setup, mut args: args::Run) -> Result<i32> {
     let data_dir = setup.data_dir(args.keep.data_dir.take())?;
@@ -68,6 +70,7 @@ pub(super) fn options(
     let (keep_backups, prune_grace) = super::prune::rules(setup, &keep.retention)?;
     Ok(run::Options {
         drill: drills(setup, &mut keep)?,
+        verify: verifications(setup, &keep)?,
         also: also(setup, &mut keep, location)?,
         beside: setup.besides(std::mem::take(&mut keep.beside), &data_dir)?,
         keep: keep_backups,
@@ -134,6 +137,16 @@ fn drills(setup: &Setup, keep: &mut args::Keep) -> Result<Option<run::Drills>> {
     let given = std::mem::take(&mut keep.drill_check);
     let checks = if given.is_empty() { config.drill_check.clone() } else { given };
     Ok(Some(run::Drills { every, directory, checks }))
+}
+
+fn verifications(setup: &Setup, keep: &args::Keep) -> Result<Option<run::Verifications>> {
+    let config = &setup.config;
+    let every = duration(setup, keep.verify_every, config.verify_every.as_ref(), Duration::ZERO)?;
+    let share: Share = match (keep.verify_sample, &config.verify_sample) {
+        (Some(share), _) => share,
+        (None, text) => text.as_deref().unwrap_or(VERIFY_SAMPLE).parse()?,
+    };
+    Ok((!every.is_zero()).then_some(run::Verifications { every, share }))
 }
 
 /// The address as given, or as the instance's metadata says.

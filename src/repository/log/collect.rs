@@ -1,16 +1,13 @@
 //! The collection bound: entries below it may be gone, because their WAL is in whole segments.
 
-use futures::{StreamExt, TryStreamExt};
+use futures::TryStreamExt;
 use serde::{Deserialize, Serialize};
 
 use super::Position;
 use crate::error::Result;
 use crate::model::{Generation, Timestamp};
 use crate::repository::{DOCUMENT_MAX, Repository, document, layout};
-use crate::storage::{Body, read_small};
-
-/// Entries deleted at once.
-const PARALLEL: usize = 16;
+use crate::storage::{Body, Deleted, Entry, Refused, delete_if_allowed, read_small};
 
 /// `collected/<n>`: entries below `number` may be gone. The highest one counts.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -62,37 +59,55 @@ impl Repository {
         Ok(entries.iter().map(|entry| entry.modified).max())
     }
 
-    /// Lets all entries of a replaced writer's log go but its seal. Only for a log whose WAL nobody needs; one that was
-    /// not sealed, or never opened, is left alone.
-    pub async fn collect_whole_log(&self, generation: Generation) -> Result<()> {
+    /// Passes all entries of a replaced writer's log but its seal, so that they can go. Only for a log whose WAL nobody needs;
+    /// one that was not sealed, or never opened, is left alone.
+    pub async fn pass_whole_log(&self, generation: Generation) -> Result<()> {
         let view = self.log(generation).await?;
         let (Some(seal), Some(end)) = (&view.seal, view.end()) else { return Ok(()) };
         if seal.number == view.bound.number {
             return Ok(());
         }
-        self.collect_log(generation, view.bound.number, &Bound::at(seal.number, Some(end))).await
+        self.put_bound(generation, &Bound::at(seal.number, Some(end))).await
+    }
+
+    /// Entries that a log's bound has passed and that are there still: deleting them was never begun, interrupted or refused.
+    pub async fn passed_entries(&self, generation: Generation) -> Result<Vec<Entry>> {
+        let bound = self.log_bound_number(generation).await?;
+        if bound == 1 {
+            return Ok(Vec::new());
+        }
+        let entries: Vec<Entry> = self.store.list(&layout::log_dir(generation), None).try_collect().await?;
+        let is_passed = |entry: &Entry| layout::parse_log_entry(&entry.key).is_some_and(|(_, number)| number < bound);
+        Ok(entries.into_iter().filter(is_passed).collect())
     }
 
     /// Lets the entries from `from` to below the bound go. Only their writer may call it, once their WAL is in whole
-    /// segments, or whoever prunes, once the log is sealed. Whatever is interrupted is done by the next call or left behind; nothing needed is missing.
-    pub async fn collect_log(&self, generation: Generation, from: u64, bound: &Bound) -> Result<()> {
-        self.store.create(&layout::collected(generation, bound.number), &Body::from(document::write(bound)?)).await?;
-        let delete = |number| {
-            let (store, key) = (std::sync::Arc::clone(&self.store), layout::log_entry(generation, number));
-            async move { store.delete(&key).await }
-        };
-        futures::stream::iter((from..bound.number).map(delete))
-            .buffer_unordered(PARALLEL)
-            .try_for_each(|()| std::future::ready(Ok(())))
+    /// segments. Whatever is interrupted or refused is left behind; nothing needed is missing.
+    pub async fn collect_log(&self, generation: Generation, from: u64, bound: &Bound) -> Result<Refused> {
+        self.put_bound(generation, bound).await?;
+        let mut deleted = Deleted::default();
+        deleted
+            .all(self.store(), (from..bound.number).map(|number| (layout::log_entry(generation, number), 0)))
             .await?;
+        self.forget_bounds(generation, bound.number).await?;
+        Ok(deleted.refused)
+    }
+
+    async fn put_bound(&self, generation: Generation, bound: &Bound) -> Result<()> {
+        let key = layout::collected(generation, bound.number);
+        self.store.create(&key, &Body::from(document::write(bound)?)).await.map(drop)
+    }
+
+    /// Lets all bounds below this one go but the last: a listing of a directory on a disk may miss both a file that comes and
+    /// one that goes.
+    pub async fn forget_bounds(&self, generation: Generation, bound: u64) -> Result<()> {
         let level = self.store.list_level(&layout::collected_dir(generation)).await?;
         let numbers = level.entries.iter().filter_map(|entry| layout::parse_collected(&entry.key));
-        let mut older: Vec<u64> = numbers.map(|(_, number)| number).filter(|number| *number < bound.number).collect();
+        let mut older: Vec<u64> = numbers.map(|(_, number)| number).filter(|number| *number < bound).collect();
         older.sort_unstable();
-        // The last one stays: a listing of a directory on a disk may miss both a file that comes and one that goes.
         older.pop();
         for number in older {
-            self.store.delete(&layout::collected(generation, number)).await?;
+            delete_if_allowed(self.store(), &layout::collected(generation, number)).await?;
         }
         Ok(())
     }

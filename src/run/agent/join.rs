@@ -40,6 +40,7 @@ pub(super) async fn join(
 ) -> Result<Joined> {
     let mut told = None;
     loop {
+        data_dir::refuse_partial(&options.data_dir)?;
         let identity = until_primary(options, clock, events).await?;
         let repository = Repository::open(Arc::clone(&store), clock).await?;
         let facts = gather(&repository, options, identity, watched).await?;
