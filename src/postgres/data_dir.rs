@@ -18,6 +18,10 @@ pub const OWN_DIR: &str = "pgsql_tmp_perennial";
 /// Marks a directory that a restore has not finished. PostgreSQL cannot start it: `global/pg_control` comes last.
 pub const RESTORE_MARKER: &str = "perennial.restoring";
 
+/// Make a server that starts recover to an end, or go on for ever. The second goes before the first.
+pub const RECOVERY_SIGNAL: &str = "recovery.signal";
+pub const STANDBY_SIGNAL: &str = "standby.signal";
+
 /// Directories whose content is of no use to a copy; they themselves must be there.
 const WITHOUT_CONTENT: &[&str] =
     &["pg_wal", "pg_stat_tmp", "pg_replslot", "pg_dynshmem", "pg_notify", "pg_serial", "pg_snapshots", "pg_subtrans"];
@@ -33,8 +37,8 @@ const NOT_COPIED: &[&str] = &[
     "tablespace_map",
     "tablespace_map.old",
     "backup_manifest",
-    "recovery.signal",
-    "standby.signal",
+    RECOVERY_SIGNAL,
+    STANDBY_SIGNAL,
     ".DS_Store",
     RESTORE_MARKER,
 ];

@@ -10,6 +10,7 @@ mod outside;
 pub mod pg_manifest;
 pub mod plan;
 mod recovery;
+pub mod standby;
 mod sum;
 mod target;
 mod verify;
@@ -24,7 +25,7 @@ use crate::model::{BackupId, Beside, Generation, Timeline, human_bytes};
 use crate::postgres::data_dir::{OWN_DIR, RESTORE_MARKER};
 use crate::postgres::{ControlFile, PostmasterFile, is_vacant, version_of};
 use crate::repository::manifest::BackupHead;
-use crate::repository::{Repository, Writer};
+use crate::repository::{Repository, Writer, origin};
 
 pub use plan::{Choice, Reachable};
 pub use recovery::RecoverySettings;
@@ -117,7 +118,11 @@ pub async fn run(repository: &Repository, options: &Options, events: &Events) ->
     outside::adapt(&mut contents, &options.data_dir)?;
 
     let settings = recovery::settings(&choice, options);
-    recovery::write(&options.data_dir, &backup, &tablespaces, &settings)?;
+    recovery::write(&options.data_dir, &backup, &tablespaces, &settings, options.action.signal())?;
+    if options.action == Action::Follow {
+        let repository_id = repository.descriptor().repository_id;
+        origin::note(&options.data_dir.join(OWN_DIR), repository_id, backup.generation)?;
+    }
     pg_manifest::write(&options.data_dir, &backup, &contents.files, &tablespaces)?;
     let point = beside::Point::of(&choice);
     beside::restore(repository, &options.beside, &reachable, point, events).await?;

@@ -23,6 +23,7 @@ pub fn run(setup: &Setup, args: args::Restore) -> Result<i32> {
             target: target(args.target),
             inclusive: !args.exclusive,
             action: match args.action {
+                _ if args.standby => Action::Follow,
                 ActionArg::Pause => Action::Pause,
                 ActionArg::Promote => Action::Promote,
                 ActionArg::Shutdown => Action::Shutdown,
@@ -59,10 +60,14 @@ pub fn run(setup: &Setup, args: args::Restore) -> Result<i32> {
         output::line(format!("{verb} backup {} to {}", choice.backup.backup_id, choice.describe()));
         if !args.dry_run {
             output::line(format!("start it: pg_ctl -D '{}' start", options.data_dir.display()));
-            if !options.keep_archiving {
-                output::line(
+            match options.action {
+                Action::Follow => output::line(
+                    "it follows the repository, and writes nothing there; to make it the database, stop it, then: perennial run URL -D DIR",
+                ),
+                _ if options.keep_archiving => (),
+                _ => output::line(
                     "archiving is off in this copy; to make it the database from now on: perennial run URL -D DIR --adopt",
-                );
+                ),
             }
         }
         Ok(0)
@@ -96,6 +101,7 @@ fn tell_json(options: &restore::Options, choice: &restore::Choice, dry_run: bool
         "schema": "perennial/restore/1",
         "dry_run": dry_run,
         "directory": options.data_dir,
+        "standby": options.action == Action::Follow,
         "backup": super::list::backup_json(&choice.backup),
         "target": choice.located.target.to_string(),
         "generation": choice.generation,
