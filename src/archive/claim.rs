@@ -5,19 +5,14 @@ use std::sync::Arc;
 
 use super::push::Pusher;
 use crate::clock::Clock;
-use crate::disk;
-use crate::error::{Error, IoContext, Result};
+use crate::error::{Error, Result};
 use crate::events::{Event, Events};
-use crate::model::{Generation, RepositoryId, Timeline, WriteId};
-use crate::postgres::control_file::State;
+use crate::model::{Timeline, WriteId};
 use crate::postgres::data_dir::{OWN_DIR, refuse_partial};
 use crate::postgres::{ControlFile, version_of};
-use crate::repository::{NewWriter, Repository, Writer};
+use crate::repository::{NewWriter, Repository, Writer, origin};
 use crate::storage::Store;
 use crate::wal::WalFileName;
-
-/// Where `wal fetch` notes which generation a directory was recovered from; the next claim takes it as its parent.
-const ORIGIN: &str = "origin";
 
 /// Attempts to claim when others claim at the same time.
 const CLAIM_ATTEMPTS: u32 = 5;
@@ -53,7 +48,7 @@ pub async fn ensure_writer(
         None => claim(&repository, data_dir, host, events).await?,
     };
     writer.save(&own_dir)?;
-    forget_origin(&own_dir)?;
+    origin::forget(&own_dir)?;
     Ok(writer)
 }
 
@@ -61,7 +56,7 @@ async fn claim(repository: &Repository, data_dir: &Path, host: &str, events: &Ev
     refuse_partial(data_dir)?;
     let version = version_of(data_dir)?;
     let control = ControlFile::read(data_dir, version)?;
-    if matches!(control.state, State::InArchiveRecovery | State::ShutDownInRecovery) {
+    if control.is_in_recovery() {
         return Err(Error::refused(format!(
             "{} is a standby: only the primary opens a generation",
             data_dir.display()
@@ -76,7 +71,7 @@ async fn claim(repository: &Repository, data_dir: &Path, host: &str, events: &Ev
         host: host.to_owned(),
     };
     let own_dir = data_dir.join(OWN_DIR);
-    let origin = read_origin(&own_dir, repository.descriptor().repository_id)?;
+    let origin = origin::read(&own_dir, repository.descriptor().repository_id)?;
     for _ in 0..CLAIM_ATTEMPTS {
         let newest = repository.newest_generation().await?;
         if let Some(newest) = newest {
@@ -119,34 +114,4 @@ pub async fn push_history(repository: &Repository, writer: &Writer, data_dir: &P
     let (repository, writer) = (repository.clone(), writer.clone());
     let pusher = Pusher { repository, writer, data_dir: data_dir.to_owned(), events: events.clone() };
     pusher.push(&path).await
-}
-
-/// Notes where a directory's recovery takes its WAL from.
-pub fn note_origin(own_dir: &Path, repository: RepositoryId, generation: Generation) -> Result<()> {
-    let origin = format!("{repository} {}\n", generation.padded());
-    let path = own_dir.join(ORIGIN);
-    if disk::read_if_there(&path)?.is_some_and(|noted| noted == origin.as_bytes()) {
-        return Ok(());
-    }
-    disk::create_dir(own_dir, 0o700)?;
-    disk::durable_write(&path, origin.as_bytes(), 0o600)
-}
-
-/// A directory that has claimed a generation has no other origin any more.
-pub fn forget_origin(own_dir: &Path) -> Result<()> {
-    disk::remove_if_there(&own_dir.join(ORIGIN))
-}
-
-/// The generation this directory was recovered from, if that was in this repository.
-pub fn read_origin(own_dir: &Path, repository: RepositoryId) -> Result<Option<Generation>> {
-    let path = own_dir.join(ORIGIN);
-    let Some(bytes) = disk::read_if_there(&path)? else { return Ok(None) };
-    let text = String::from_utf8_lossy(&bytes);
-    let parsed = text
-        .trim()
-        .split_once(' ')
-        .and_then(|(id, generation)| Some((id.parse::<RepositoryId>().ok()?, Generation::from_padded(generation)?)));
-    let (id, generation) =
-        parsed.ok_or_else(|| std::io::Error::other("it is not the note of an origin")).on("read", &path)?;
-    Ok((id == repository).then_some(generation))
 }

@@ -10,13 +10,13 @@ use std::path::{Path, PathBuf};
 
 use crate::error::{Error, IoContext, Kind, Result};
 use crate::model::{Generation, Lsn, Timeline};
-use crate::repository::log::LogRun;
+use crate::repository::log::{LogRun, LogView};
 use crate::repository::reach::View;
 use crate::repository::{Lineage, Repository, WalIndex, WalPlace, WalSource, layout};
 use crate::wal::{SegmentName, SegmentSize, WalFileName, scan_part};
 
 /// Looks at a history that changes while it is read.
-const LOOKS: u32 = 5;
+pub(super) const LOOKS: u32 = 5;
 
 /// Which history recovery follows.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -29,6 +29,8 @@ pub struct FetchOptions {
     pub timeline: Option<Timeline>,
     /// The history ends here, whatever comes after.
     pub through: Option<Lsn>,
+    /// For a standby: the history goes on, and is followed.
+    pub follow: bool,
 }
 
 /// How a fetch ended.
@@ -57,20 +59,40 @@ pub enum Wanted {
     Log { run: LogRun, start: Lsn, through: Lsn, size: u64, switched: bool },
 }
 
+impl Wanted {
+    /// The generation that has it.
+    pub fn generation(&self) -> Generation {
+        match self {
+            Wanted::Object { generation, .. } => *generation,
+            Wanted::Log { run, .. } => run.generation,
+        }
+    }
+
+    /// How far it goes, of a segment that starts at `start`.
+    pub fn through(&self, start: Lsn, size: SegmentSize) -> Lsn {
+        match self {
+            Wanted::Object { cut, .. } => Lsn(start.0 + cut.unwrap_or(size.bytes())),
+            Wanted::Log { through, .. } => *through,
+        }
+    }
+}
+
 /// The WAL of one history, ready to be asked.
 #[derive(Debug)]
 pub struct Source {
-    repository: Repository,
+    pub(super) repository: Repository,
     options: FetchOptions,
-    lineage: Lineage,
-    index: WalIndex,
+    pub(super) lineage: Lineage,
+    pub(super) index: WalIndex,
+    /// The logs of the lineage as they were listed, newest first.
+    pub(super) logs: Vec<LogView>,
 }
 
 impl Source {
     pub async fn open(repository: Repository, options: FetchOptions) -> Result<Source> {
         let lineage = newest_lineage(&repository, options).await?;
-        let index = repository.wal_index(&lineage).await?;
-        Ok(Source { repository, options, lineage, index })
+        let (index, logs) = list(&repository, &lineage).await?;
+        Ok(Source { repository, options, lineage, index, logs })
     }
 
     pub fn segment_size(&self) -> SegmentSize {
@@ -79,15 +101,17 @@ impl Source {
 
     /// Looks again what is there. Without a generation of its own the history may go on in a newer one.
     pub async fn refresh(&mut self) -> Result<()> {
-        if self.options.generation.is_none() {
-            self.lineage = newest_lineage(&self.repository, self.options).await?;
-        }
-        self.index = self.repository.wal_index(&self.lineage).await?;
+        let lineage = match self.options.generation {
+            Some(_) => self.lineage.clone(),
+            None => newest_lineage(&self.repository, self.options).await?,
+        };
+        (self.index, self.logs) = list(&self.repository, &lineage).await?;
+        self.lineage = lineage;
         Ok(())
     }
 
     /// The way to the wanted timeline; `None` when there is no WAL at all.
-    fn view(&self) -> Result<Option<View<'_>>> {
+    pub(super) fn view(&self) -> Result<Option<View<'_>>> {
         let Some(timeline) = self.options.timeline.or(self.index.newest_timeline()) else { return Ok(None) };
         if let Some(view) = View::new(&self.lineage, &self.index, timeline) {
             return Ok(Some(view));
@@ -210,6 +234,12 @@ impl Source {
     }
 }
 
+async fn list(repository: &Repository, lineage: &Lineage) -> Result<(WalIndex, Vec<LogView>)> {
+    let listed = repository.list_wal(lineage.claims().iter().map(|claim| claim.generation)).await?;
+    let index = repository.index_of(lineage, &listed).await?;
+    Ok((index, listed.into_iter().map(|listing| listing.log).collect()))
+}
+
 async fn newest_lineage(repository: &Repository, options: FetchOptions) -> Result<Lineage> {
     let tip = match options.generation {
         Some(generation) => generation,
@@ -238,7 +268,7 @@ pub async fn download(repository: &Repository, wanted: Wanted, name: WalFileName
     renamed
 }
 
-fn create(path: &Path) -> Result<File> {
+pub(super) fn create(path: &Path) -> Result<File> {
     use std::os::unix::fs::OpenOptionsExt;
     File::options().write(true).create(true).truncate(true).mode(0o600).open(path).on("create", path)
 }
@@ -283,7 +313,7 @@ fn must_be_switched(name: WalFileName, through: Lsn, path: &Path) -> Result<()> 
     }
 }
 
-fn temporary_beside(path: &Path) -> PathBuf {
+pub(super) fn temporary_beside(path: &Path) -> PathBuf {
     let mut name = path.file_name().unwrap_or_default().to_os_string();
     name.push(format!(".{}.tmp", std::process::id()));
     path.with_file_name(name)

@@ -11,12 +11,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::io::unix::AsyncFd;
-use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
+use tokio::io::{AsyncBufReadExt, AsyncRead, AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::net::unix::OwnedWriteHalf;
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{Mutex, OnceCell};
 use tokio::task::JoinHandle;
 
-use super::fetch::{FetchOptions, Fetched, Source, Wanted, download};
+use super::fetch::{FetchOptions, Fetched, LOOKS, Source, Wanted, download};
+use super::follow::{Answer as Followed, Follower};
 use crate::disk::{self, Lock};
 use crate::error::{Error, IoContext, Kind, Result};
 use crate::postgres::data_dir::OWN_DIR;
@@ -46,7 +48,10 @@ fn tail_path() -> PathBuf {
     cache_dir().join("tail")
 }
 
-/// A question to the helper, and its answer, are one JSON line each.
+/// Between two tries for a standby, which waits for a repository that does not answer.
+const AGAIN: Duration = Duration::from_secs(2);
+
+/// A question to the helper, and its answer, are one JSON line each; while it waits it says so in more lines.
 #[derive(Debug, serde::Serialize, serde::Deserialize)]
 struct Question {
     name: String,
@@ -61,7 +66,13 @@ enum Answer {
     Done,
     EndOfWal(String),
     OtherHistory,
-    Failed { damaged: bool, message: String, hint: Option<String> },
+    /// Why there is no answer yet.
+    Waits(String),
+    Failed {
+        damaged: bool,
+        message: String,
+        hint: Option<String>,
+    },
 }
 
 /// Identifies a history to both sides.
@@ -69,13 +80,14 @@ pub fn history_key(address: &str, options: FetchOptions) -> String {
     format!("{address} {options:?}")
 }
 
-/// Asks a helper. `None` when none can be had, so that the caller fetches by itself.
+/// Asks a helper, which may let us wait: `told` is called with the reason. `None` when no helper can be had, so that the
+/// caller fetches by itself.
 pub async fn ask(
     clock: &crate::clock::Clock,
     history: &str,
-    name: WalFileName,
-    destination: &Path,
+    (name, destination): (WalFileName, &Path),
     start: impl FnOnce() -> Result<()>,
+    told: impl Fn(&str),
 ) -> Result<Option<Fetched>> {
     let mut stream = UnixStream::connect(socket_path()).await.ok();
     if stream.is_none() {
@@ -95,20 +107,21 @@ pub async fn ask(
     if stream.write_all(&line).await.is_err() {
         return Ok(None);
     }
-    let mut answer = String::new();
-    if BufReader::new(stream).read_line(&mut answer).await.is_err() {
-        return Ok(None);
-    }
-    match serde_json::from_str(&answer) {
-        Ok(Answer::Done) => Ok(Some(Fetched::Done)),
-        Ok(Answer::EndOfWal(why)) => Ok(Some(Fetched::EndOfWal(why))),
-        Ok(Answer::Failed { damaged, message, hint }) => {
-            let kind = if damaged { Kind::Damaged } else { Kind::Unreachable };
-            let error = Error::new(kind, message);
-            Err(hint.into_iter().fold(error, Error::hint))
+    let mut answers = BufReader::new(stream).lines();
+    while let Ok(Some(answer)) = answers.next_line().await {
+        match serde_json::from_str(&answer) {
+            Ok(Answer::Done) => return Ok(Some(Fetched::Done)),
+            Ok(Answer::EndOfWal(why)) => return Ok(Some(Fetched::EndOfWal(why))),
+            Ok(Answer::Waits(why)) => told(&why),
+            Ok(Answer::Failed { damaged, message, hint }) => {
+                let kind = if damaged { Kind::Damaged } else { Kind::Unreachable };
+                let error = Error::new(kind, message);
+                return Err(hint.into_iter().fold(error, Error::hint));
+            }
+            Ok(Answer::OtherHistory) | Err(_) => break,
         }
-        Ok(Answer::OtherHistory) | Err(_) => Ok(None),
     }
+    Ok(None)
 }
 
 /// Runs the helper until the postmaster ends, nobody asks any more, or another helper is there already.
@@ -124,6 +137,7 @@ pub async fn serve(repository: Repository, options: FetchOptions, postmaster: i3
         options,
         history,
         source: OnceCell::new(),
+        follower: OnceCell::new(),
         ahead: Mutex::default(),
         tail: Mutex::default(),
     });
@@ -132,6 +146,8 @@ pub async fn serve(repository: Repository, options: FetchOptions, postmaster: i3
         tokio::select! {
             accepted = clock.within(IDLE, listener.accept()) => match accepted {
                 Some(Ok((stream, _))) => drop(tokio::spawn(Arc::clone(&helper).answer(stream))),
+                // Somebody still waits for an answer.
+                None if Arc::strong_count(&helper) > 1 => (),
                 _ => break,
             },
             _ = parent.readable() => break,
@@ -162,6 +178,8 @@ struct Helper {
     options: FetchOptions,
     history: String,
     source: OnceCell<Mutex<Source>>,
+    /// Instead of a source, for a standby.
+    follower: OnceCell<Mutex<Follower>>,
     ahead: Mutex<Ahead>,
     /// The segment that was put together from a log's entries last. Recovery asks for its last segment twice, and that
     /// may be thousands of requests.
@@ -178,26 +196,74 @@ struct Ahead {
 impl Helper {
     async fn answer(self: Arc<Self>, stream: UnixStream) {
         let (read, mut write) = stream.into_split();
-        let mut line = String::new();
-        if BufReader::new(read).read_line(&mut line).await.is_err() {
+        let (mut read, mut line) = (BufReader::new(read), String::new());
+        if read.read_line(&mut line).await.is_err() {
             return;
         }
         let answer = match serde_json::from_str::<Question>(&line) {
-            Ok(question) if question.history == self.history => match self.fetch(&question).await {
-                Ok(Fetched::Done) => Answer::Done,
-                Ok(Fetched::EndOfWal(why)) => Answer::EndOfWal(why),
-                Err(error) => Answer::Failed {
-                    damaged: error.kind() == Kind::Damaged,
-                    message: error.to_string(),
-                    hint: error.hint_text().map(str::to_owned),
-                },
-            },
+            Ok(question) if question.history == self.history => {
+                let fetched = if self.options.follow {
+                    tokio::select! {
+                        fetched = self.fetch_when_it_is_there(&question, &mut write) => fetched,
+                        // Nobody waits any more: what was asked for must not be put there later.
+                        () = hung_up(&mut read) => return,
+                    }
+                } else {
+                    self.fetch(&question).await
+                };
+                match fetched {
+                    Ok(Fetched::Done) => Answer::Done,
+                    Ok(Fetched::EndOfWal(why)) => Answer::EndOfWal(why),
+                    Err(error) => Answer::Failed {
+                        damaged: error.kind() == Kind::Damaged,
+                        message: error.to_string(),
+                        hint: error.hint_text().map(str::to_owned),
+                    },
+                }
+            }
             _ => Answer::OtherHistory,
         };
-        if let Ok(mut line) = serde_json::to_vec(&answer) {
-            line.push(b'\n');
-            let _ = write.write_all(&line).await;
+        send(&mut write, &answer).await;
+    }
+
+    /// A standby goes on serving while the repository does not answer: neither the end of WAL nor a failure is said then.
+    async fn fetch_when_it_is_there(&self, question: &Question, write: &mut OwnedWriteHalf) -> Result<Fetched> {
+        loop {
+            match self.follow(question).await {
+                Err(error) if matches!(error.kind(), Kind::Unreachable | Kind::Denied) => {
+                    send(write, &Answer::Waits(error.to_string())).await;
+                    self.repository.clock().sleep(AGAIN).await;
+                }
+                fetched => return fetched,
+            }
         }
+    }
+
+    async fn follow(&self, question: &Question) -> Result<Fetched> {
+        let name: WalFileName = question.name.parse()?;
+        let destination = &question.destination;
+        let open = || async {
+            let source = Source::open(self.repository.clone(), self.options).await?;
+            Follower::open(source, Path::new("."), &cache_dir()).await.map(Mutex::new)
+        };
+        let mut follower = self.follower.get_or_try_init(open).await?.lock().await;
+        let WalFileName::Segment(segment) = name else { return follower.give_other(name, destination).await };
+        for _ in 0..LOOKS {
+            let Followed::Give(wanted) = follower.answer(segment).await? else {
+                return Ok(Fetched::EndOfWal(format!("there is no more of {name} yet")));
+            };
+            let ahead = self.fetched_ahead(segment).await.filter(|(_, of)| *of == wanted).map(|(path, _)| path);
+            match follower.give(segment, wanted, ahead, destination).await {
+                // Entries were collected since the listing: the segment is whole by now.
+                Err(error) if error.kind() == Kind::Damaged && error.is_retryable() => follower.look().await?,
+                given => {
+                    given?;
+                    self.fetch_ahead(follower.source(), segment).await?;
+                    return Ok(Fetched::Done);
+                }
+            }
+        }
+        Err(Error::damaged(format!("{name}: entries of the log that hold it are missing, and no whole segment has it")))
     }
 
     async fn source(&self) -> Result<&Mutex<Source>> {
@@ -210,11 +276,8 @@ impl Helper {
         let WalFileName::Segment(segment) = name else {
             return source.lock().await.fetch(name, &question.destination).await;
         };
-        let fetched_ahead = self.ahead.lock().await.tasks.remove(&segment);
-        if let Some(task) = fetched_ahead
-            && let Ok(Ok((path, wanted))) = task.await
-        {
-            self.fetch_ahead(segment).await?;
+        if let Some((path, wanted)) = self.fetched_ahead(segment).await {
+            self.fetch_ahead(&*source.lock().await, segment).await?;
             self.keep(wanted, &path).await;
             place(&path, &question.destination)?;
             return Ok(Fetched::Done);
@@ -227,14 +290,19 @@ impl Helper {
         let fetched = source.fetch(name, &question.destination).await?;
         // By the listing it was fetched by: nobody can look again meanwhile.
         let wanted = source.locate(name)?;
-        drop(source);
         if fetched == Fetched::Done {
             if let Some(wanted) = wanted {
                 self.keep(wanted, &question.destination).await;
             }
-            self.fetch_ahead(segment).await?;
+            self.fetch_ahead(&source, segment).await?;
         }
         Ok(fetched)
+    }
+
+    /// The file of a segment that was fetched ahead, and what it holds.
+    async fn fetched_ahead(&self, segment: SegmentName) -> Option<(PathBuf, Wanted)> {
+        let task = self.ahead.lock().await.tasks.remove(&segment)?;
+        task.await.ok()?.ok()
     }
 
     /// Answers with the copy of the tail, if it was this very piece of this very log.
@@ -259,12 +327,12 @@ impl Helper {
     }
 
     /// Starts downloads of what recovery will ask for next, and drops what lies behind it.
-    async fn fetch_ahead(&self, from: SegmentName) -> Result<()> {
-        let source = self.source().await?.lock().await;
+    async fn fetch_ahead(&self, source: &Source, from: SegmentName) -> Result<()> {
         let size = source.segment_size();
         let count = (AHEAD_BYTES / size.bytes()).clamp(1, AHEAD_MAX) as usize;
-        let wanted = source.following(from, count);
-        drop(source);
+        let mut wanted = source.following(from, count);
+        // Of a log a standby is given what there is when it asks, and not what there was before.
+        wanted.retain(|(_, wanted)| !self.options.follow || matches!(wanted, Wanted::Object { .. }));
         let mut ahead = self.ahead.lock().await;
         let stale: Vec<SegmentName> =
             ahead.tasks.keys().filter(|name| !wanted.iter().any(|(wanted, _)| wanted == *name)).copied().collect();
@@ -279,6 +347,18 @@ impl Helper {
         }
         Ok(())
     }
+}
+
+async fn send(write: &mut OwnedWriteHalf, answer: &Answer) {
+    if let Ok(mut line) = serde_json::to_vec(answer) {
+        line.push(b'\n');
+        let _ = write.write_all(&line).await;
+    }
+}
+
+/// Until the other side has gone: it says nothing more.
+async fn hung_up(read: &mut (impl AsyncRead + Unpin)) {
+    while matches!(read.read(&mut [0; 64]).await, Ok(count) if count > 0) {}
 }
 
 async fn open_source(repository: Repository, options: FetchOptions) -> Result<Mutex<Source>> {
@@ -299,7 +379,7 @@ async fn fetch_to_cache(
 
 /// Moves a fetched file to where PostgreSQL wants it; across filesystems by a copy beside it.
 #[allow(clippy::disallowed_methods, reason = "a fetched file need not survive a crash: recovery asks again")]
-fn place(from: &Path, to: &Path) -> Result<()> {
+pub(super) fn place(from: &Path, to: &Path) -> Result<()> {
     match std::fs::rename(from, to) {
         Err(e) if e.kind() == std::io::ErrorKind::CrossesDevices => {
             let beside = to.with_extension("tmp");

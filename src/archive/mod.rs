@@ -3,6 +3,7 @@
 pub mod claim;
 mod compact;
 pub mod fetch;
+pub mod follow;
 pub mod helper;
 mod pace;
 pub mod push;

@@ -281,6 +281,9 @@ pub struct Restore {
     /// Start from this backup [default: the newest that leads to the target]
     #[arg(long, value_name = "ID")]
     pub backup: Option<BackupId>,
+    /// Make a standby: it follows the repository until `perennial run` makes it the database
+    #[arg(long, conflicts_with_all = ["to_time", "to_lsn", "to_xid", "to_name", "immediate", "before_gap", "exclusive", "action", "generation", "timeline", "keep_archiving", "database"])]
+    pub standby: bool,
     #[command(flatten)]
     pub target: TargetArgs,
     /// Stop just before the target instead of just after it
@@ -397,6 +400,9 @@ pub struct HistoryArgs {
     /// Take this position for the end of the history
     #[arg(long, value_name = "LSN")]
     pub through: Option<Lsn>,
+    /// Serve a standby: follow the newest history as it grows, and wait for what is not there yet
+    #[arg(long, conflicts_with_all = ["generation", "timeline", "through"])]
+    pub follow: bool,
 }
 
 #[derive(Debug, ClapArgs)]

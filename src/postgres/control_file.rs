@@ -55,6 +55,16 @@ impl ControlFile {
         Timeline(self.timeline.0.max(self.min_recovery_timeline))
     }
 
+    /// How far a server in recovery has come at least: what is in its files is of no later WAL.
+    pub fn recovered(&self) -> Option<(Timeline, Lsn)> {
+        let there = self.min_recovery_timeline != 0 && self.min_recovery_point > Lsn(0);
+        there.then_some((Timeline(self.min_recovery_timeline), self.min_recovery_point))
+    }
+
+    pub fn is_in_recovery(&self) -> bool {
+        matches!(self.state, State::InArchiveRecovery | State::ShutDownInRecovery)
+    }
+
     pub fn parse(bytes: &[u8], version: Version) -> Result<ControlFile> {
         let crc_at = version.control_crc_at;
         if bytes.len() < crc_at + 4 {

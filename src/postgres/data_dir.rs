@@ -36,6 +36,10 @@ pub fn what_is_partial(data_dir: &Path) -> String {
 /// What to do with such a directory.
 pub const PARTIAL_HINT: &str = "use it as it is, or restore all of the cluster without --database; to go on with this as a cluster of its own, drop the databases that perennial.partial names, then delete that file";
 
+/// Make a server that starts recover to an end, or go on for ever. The second goes before the first.
+pub const RECOVERY_SIGNAL: &str = "recovery.signal";
+pub const STANDBY_SIGNAL: &str = "standby.signal";
+
 /// Directories whose content is of no use to a copy; they themselves must be there.
 const WITHOUT_CONTENT: &[&str] =
     &["pg_wal", "pg_stat_tmp", "pg_replslot", "pg_dynshmem", "pg_notify", "pg_serial", "pg_snapshots", "pg_subtrans"];
@@ -51,8 +55,8 @@ const NOT_COPIED: &[&str] = &[
     "tablespace_map",
     "tablespace_map.old",
     "backup_manifest",
-    "recovery.signal",
-    "standby.signal",
+    RECOVERY_SIGNAL,
+    STANDBY_SIGNAL,
     ".DS_Store",
     RESTORE_MARKER,
 ];

@@ -15,6 +15,7 @@ pub mod layout;
 mod lines;
 pub mod log;
 pub mod manifest;
+pub mod origin;
 pub mod pack;
 mod prune;
 pub mod reach;

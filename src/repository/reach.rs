@@ -195,6 +195,47 @@ impl<'a> View<'a> {
         Coverage { through, last, next, gap: self.has_wal_after(number) }
     }
 
+    /// Why a copy that still follows the repository does not lie on the way: it was given WAL of a generation, or has
+    /// replayed WAL, that this history does not have. `None` when it does.
+    pub fn left_behind(&self, origin: Option<Generation>, reached: Option<(Timeline, Lsn)>) -> Option<String> {
+        let tip = self.lineage.tip().generation;
+        if let Some(origin) = origin.filter(|origin| !self.lineage.contains(*origin)) {
+            return Some(format!("it has WAL of generation {origin}, from which generation {tip} does not descend"));
+        }
+        let (timeline, lsn) = reached.filter(|(timeline, lsn)| !self.history.has(*timeline, *lsn))?;
+        Some(match self.history.end_of(timeline).flatten() {
+            Some(left) => {
+                format!("it has replayed timeline {timeline} up to {lsn}, generation {tip} left that at {left}")
+            }
+            None => format!("it is on timeline {timeline}, generation {tip} is on timeline {}", self.history.timeline),
+        })
+    }
+
+    /// Why WAL from a position on does not lead a copy to the end of this history, or not as far as it has come.
+    pub fn falls_short(&self, from: Lsn, reached: Option<(Timeline, Lsn)>) -> Option<String> {
+        let coverage = self.coverage(from);
+        let least = reached.map_or(from, |(_, lsn)| lsn.max(from));
+        match (coverage.gap, coverage.through < least) {
+            (true, _) => Some(format!("it needs WAL from {from} on, and {} is not there any more", coverage.next)),
+            (_, true) => Some(format!("it has come to {least}, WAL in the repository ends at {}", coverage.through)),
+            _ => None,
+        }
+    }
+
+    /// The oldest generation that keeps any of the WAL from a position on.
+    pub fn oldest_from(&self, from: Lsn) -> Option<Generation> {
+        let first = self.segment_size().number_at(from);
+        let timelines = self.history.spans().map(|(timeline, ..)| timeline);
+        let places = timelines.flat_map(|timeline| {
+            let on_the_way = move |number: &u64| *number >= first && self.is_on_the_way(timeline, *number);
+            self.index
+                .segments(timeline)
+                .filter(move |(number, _)| on_the_way(number))
+                .map(|(_, place)| place.generation)
+        });
+        places.min()
+    }
+
     /// Whether what a generation had on a timeline up to a position is on the way.
     pub fn passes(&self, generation: Generation, timeline: Timeline, lsn: Lsn) -> bool {
         self.lineage.contains(generation) && self.history.has(timeline, lsn)
@@ -328,6 +369,46 @@ mod tests {
         assert_eq!(coverage.through, Lsn(9 * SEGMENT));
         assert!(!coverage.gap);
         assert_eq!(coverage.next, SegmentName::new(Timeline(2), 9, size()));
+    }
+
+    #[test]
+    fn a_copy_goes_on_only_along_its_own_history() {
+        let lineage = lineage(&[1, 3]);
+        let fork = 5 * SEGMENT + 100;
+        let index = index(&[(1, 1, 2..6), (3, 2, 5..9)], &[(2, &[(1, fork)])]);
+        let view = View::new(&lineage, &index, Timeline(2)).expect("known");
+        let on = |timeline: u32, lsn: u64| Some((Timeline(timeline), Lsn(lsn)));
+        for (origin, reached, why) in [
+            (Some(1), on(1, fork), None),
+            (Some(3), on(2, fork + 8), None),
+            (None, None, None),
+            (Some(2), on(1, 3 * SEGMENT), Some("generation 2")),
+            (Some(1), on(1, fork + 8), Some("left that at")),
+            (Some(1), on(4, fork), Some("on timeline 4")),
+        ] {
+            let said = view.left_behind(origin.map(Generation), reached);
+            let as_expected = match (&said, why) {
+                (Some(said), Some(why)) => said.contains(why),
+                (said, why) => said.is_none() && why.is_none(),
+            };
+            assert!(as_expected, "{origin:?} {reached:?}: {said:?}");
+        }
+    }
+
+    #[test]
+    fn a_copy_needs_all_wal_from_where_it_reads_on() {
+        let lineage = lineage(&[1, 2]);
+        let index = index(&[(1, 1, 2..4), (1, 1, 5..6), (2, 1, 6..9)], &[]);
+        let view = View::new(&lineage, &index, Timeline(1)).expect("known");
+        let at = |segment: u64| Lsn(segment * SEGMENT + 40);
+        assert_eq!(view.falls_short(at(5), Some((Timeline(1), at(8)))), None);
+        assert!(view.falls_short(at(3), None).is_some_and(|why| why.contains("000000010000000000000004")));
+        assert!(view.falls_short(at(1), None).is_some(), "pruned before it was read");
+        assert!(view.falls_short(at(5), Some((Timeline(1), at(9)))).is_some(), "it is ahead of the repository");
+        assert!(view.falls_short(at(9), None).is_some(), "it reads on where nothing is");
+        assert_eq!(view.oldest_from(at(5)), Some(Generation(1)));
+        assert_eq!(view.oldest_from(at(6)), Some(Generation(2)));
+        assert_eq!(view.oldest_from(at(9)), None);
     }
 
     #[test]

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use futures::{StreamExt, TryStreamExt};
 
-use super::log::LogRun;
+use super::log::{LogRun, LogView};
 use super::{Lineage, Repository, layout};
 use crate::error::Result;
 use crate::model::{Generation, Lsn, Timeline};
@@ -82,6 +82,11 @@ impl WalIndex {
         all.into_iter()
     }
 
+    /// Whether there is a history file of the timeline.
+    pub fn has_history(&self, timeline: Timeline) -> bool {
+        self.histories.contains_key(&timeline)
+    }
+
     /// Timelines only grow along a lineage, so the highest one is where its newest writer was.
     pub fn newest_timeline(&self) -> Option<Timeline> {
         self.timelines().max()
@@ -97,7 +102,7 @@ impl WalIndex {
         }
     }
 
-    /// Notes the segments that a log has, the last one in part.
+    /// Notes the segments that a log has, the last one in part; of one that was noted before, how far it goes by now.
     pub fn add_run(&mut self, run: LogRun, size: SegmentSize) {
         for number in size.number_at(run.start)..=size.number_before(run.end) {
             // A log starts at the start of a segment, and is collected by whole ones.
@@ -107,6 +112,7 @@ impl WalIndex {
                 self.add_segment(SegmentName::new(run.timeline, number, size), size, place);
             }
         }
+        self.runs.retain(|known| known.generation != run.generation);
         self.runs.push(run);
     }
 
@@ -135,6 +141,7 @@ impl WalIndex {
 pub struct WalListing {
     pub generation: Generation,
     pub entries: Vec<Entry>,
+    pub log: LogView,
     pub run: Option<LogRun>,
 }
 
@@ -182,9 +189,9 @@ impl Repository {
 
     /// The log first: what is collected from it meanwhile is among the objects then.
     async fn wal_of(&self, generation: Generation) -> Result<WalListing> {
-        let run = self.log_tail(generation).await?;
+        let (log, run) = self.log_and_run(generation).await?;
         let entries = self.store.list(&layout::wal_dir(generation), None).try_collect().await?;
-        Ok(WalListing { generation, entries, run })
+        Ok(WalListing { generation, entries, log, run })
     }
 
     /// A history file that is known to be there.

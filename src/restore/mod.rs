@@ -12,6 +12,7 @@ pub mod plan;
 mod recovery;
 mod sample;
 mod selected;
+pub mod standby;
 mod sum;
 mod target;
 mod verify;
@@ -26,7 +27,7 @@ use crate::model::{BackupId, Beside, Generation, Timeline, human_bytes};
 use crate::postgres::data_dir::{OWN_DIR, RESTORE_MARKER};
 use crate::postgres::{ControlFile, PostmasterFile, is_vacant, version_of};
 use crate::repository::manifest::{BackupHead, Database};
-use crate::repository::{Repository, Writer};
+use crate::repository::{Repository, Writer, origin};
 
 use selected::Selection;
 
@@ -124,7 +125,11 @@ pub async fn run(repository: &Repository, options: &Options, events: &Events) ->
     outside::adapt(&mut contents, &options.data_dir)?;
 
     let settings = recovery::settings(&choice, options);
-    recovery::write(&options.data_dir, &backup, &tablespaces, &settings)?;
+    recovery::write(&options.data_dir, &backup, &tablespaces, &settings, options.action.signal())?;
+    if options.action == Action::Follow {
+        let repository_id = repository.descriptor().repository_id;
+        origin::note(&options.data_dir.join(OWN_DIR), repository_id, backup.generation)?;
+    }
     if !selection.is_partial() {
         pg_manifest::write(&options.data_dir, &backup, &contents.files, &tablespaces)?;
     }

@@ -6,9 +6,10 @@ use std::path::Path;
 use super::Options;
 use super::layout::Tablespaces;
 use super::plan::Choice;
-use super::target::Target;
+use super::target::{Action, Target};
 use crate::disk;
 use crate::error::Result;
+use crate::model::{Generation, Timeline};
 use crate::postgres::conf;
 use crate::postgres::replication::SLOT;
 use crate::repository::manifest::BackupHead;
@@ -16,38 +17,41 @@ use crate::repository::manifest::BackupHead;
 /// Settings of `postgresql.auto.conf`; `None` takes a former one away.
 pub type RecoverySettings = Vec<(&'static str, Option<String>)>;
 
+/// How soon a standby asks again at the earliest. `wal fetch --follow` answers when there is something new, or later than
+/// this: so the server says in its log only now and again that it waits (`WaitForWALToBecomeAvailable`).
+const RETRY: &str = "500ms";
+
+/// One of these at most may be set (`recovery_target` and its like).
+const TARGETS: [&str; 5] =
+    ["recovery_target", "recovery_target_time", "recovery_target_lsn", "recovery_target_xid", "recovery_target_name"];
+
 pub fn settings(choice: &Choice, options: &Options) -> RecoverySettings {
-    let target = &choice.located.target;
-    let value = |wanted: bool, value: String| wanted.then_some(value);
-    let (mut time, mut lsn, mut xid, mut name, mut immediate) = (None, None, None, None, None);
-    match target {
-        Target::Newest | Target::BeforeGap => (),
-        Target::Immediate => immediate = Some("immediate".to_owned()),
-        Target::Time(at) => time = Some(at.for_postgres()),
-        Target::Lsn(at) => lsn = Some(at.to_string()),
-        Target::Xid(at) => xid = Some(at.to_string()),
-        Target::Name(at) => name = Some(at.clone()),
-    }
-    // Without a target, all are set to nothing rather than taken away: one that was left in postgresql.conf would count
-    // again. With one, PostgreSQL refuses even an empty second, and tells of another itself.
-    let untargeted = matches!(target, Target::Newest | Target::BeforeGap);
-    let or_none = |value: Option<String>| value.or_else(|| untargeted.then(String::new));
-    let inclusive = matches!(target, Target::Time(_) | Target::Lsn(_) | Target::Xid(_));
-    let mut settings: RecoverySettings = vec![
-        ("restore_command", Some(fetch_command(choice, options))),
-        ("recovery_target", or_none(immediate)),
-        ("recovery_target_time", or_none(time)),
-        ("recovery_target_lsn", or_none(lsn)),
-        ("recovery_target_xid", or_none(xid)),
-        ("recovery_target_name", or_none(name)),
-        ("recovery_target_inclusive", value(inclusive, choice.located.inclusive.to_string())),
-        ("recovery_target_timeline", Some(choice.timeline.to_string())),
-        ("recovery_target_action", Some(options.action.setting().to_owned())),
+    let target = match &choice.located.target {
+        Target::Newest | Target::BeforeGap => None,
+        Target::Immediate => Some(("recovery_target", "immediate".to_owned())),
+        Target::Time(at) => Some(("recovery_target_time", at.for_postgres())),
+        Target::Lsn(at) => Some(("recovery_target_lsn", at.to_string())),
+        Target::Xid(at) => Some(("recovery_target_xid", at.to_string())),
+        Target::Name(at) => Some(("recovery_target_name", at.clone())),
+    };
+    let follows = options.action == Action::Follow;
+    let command = if follows { follow_command(choice, options) } else { fetch_command(choice, options) };
+    let mut settings: RecoverySettings = targets(target);
+    let inclusive = matches!(choice.located.target, Target::Time(_) | Target::Lsn(_) | Target::Xid(_));
+    settings.extend([
+        ("restore_command", Some(command)),
+        ("recovery_target_inclusive", inclusive.then(|| choice.located.inclusive.to_string())),
+        ("recovery_target_timeline", Some(if follows { "latest".to_owned() } else { choice.timeline.to_string() })),
+        ("recovery_target_action", options.action.setting().map(str::to_owned)),
         ("recovery_end_command", None),
         ("archive_cleanup_command", None),
-        ("primary_conninfo", None),
-        ("primary_slot_name", None),
-    ];
+        // A standby must not stream from where the cluster of the backup did.
+        ("primary_conninfo", follows.then(String::new)),
+        ("primary_slot_name", follows.then(String::new)),
+    ]);
+    if follows {
+        settings.push(("wal_retrieve_retry_interval", Some(RETRY.to_owned())));
+    }
     if choice.backup.tablespaces.iter().any(|tablespace| tablespace.location.is_none()) {
         // Without it recovery ends at a directory where it expects a link.
         settings.push(("allow_in_place_tablespaces", Some("on".to_owned())));
@@ -59,14 +63,37 @@ pub fn settings(choice: &Choice, options: &Options) -> RecoverySettings {
     settings
 }
 
+/// What turns a standby of ours into the database of a generation: recovery to the end of its history.
+pub fn promotion(words: &[String], generation: Generation, oldest: Generation, timeline: Timeline) -> RecoverySettings {
+    let mut settings = targets(None);
+    let words = with_history(words, generation, oldest, timeline);
+    settings.extend([
+        ("restore_command", Some(conf::wal_command(&words, &["%f", "%p"]))),
+        ("recovery_target_timeline", Some(timeline.to_string())),
+        ("recovery_target_action", Action::Promote.setting().map(str::to_owned)),
+        ("recovery_target_inclusive", None),
+        ("recovery_end_command", None),
+        ("primary_conninfo", None),
+        ("primary_slot_name", None),
+        ("wal_retrieve_retry_interval", None),
+        ("archive_mode", None),
+    ]);
+    settings
+}
+
+/// Without a target, all are set to nothing rather than taken away: one that was left in postgresql.conf would count
+/// again. With one, PostgreSQL refuses even an empty second, and tells of another itself.
+fn targets(target: Option<(&'static str, String)>) -> RecoverySettings {
+    let value = |name: &str| match &target {
+        Some((of, value)) => (*of == name).then(|| value.clone()),
+        None => Some(String::new()),
+    };
+    TARGETS.map(|name| (name, value(name))).to_vec()
+}
+
 /// The command says which history it serves, so that no later generation can slip in.
 fn fetch_command(choice: &Choice, options: &Options) -> String {
-    let mut words = options.fetch_command.clone();
-    words.extend([
-        format!("--generation={}", choice.generation),
-        format!("--oldest={}", choice.oldest),
-        format!("--timeline={}", choice.timeline),
-    ]);
+    let mut words = with_history(&options.fetch_command, choice.generation, choice.oldest, choice.timeline);
     // Recovery reads ahead of its target (`recovery_prefetch`), and must not run into the hole.
     let to_the_hole = choice.gap && choice.located.target == Target::Immediate;
     if choice.located.target == Target::BeforeGap || to_the_hole {
@@ -75,11 +102,26 @@ fn fetch_command(choice: &Choice, options: &Options) -> String {
     conf::wal_command(&words, &["%f", "%p"])
 }
 
+fn with_history(words: &[String], generation: Generation, oldest: Generation, timeline: Timeline) -> Vec<String> {
+    let history =
+        [format!("--generation={generation}"), format!("--oldest={oldest}"), format!("--timeline={timeline}")];
+    words.iter().cloned().chain(history).collect()
+}
+
+/// Later generations are what a standby is for.
+fn follow_command(choice: &Choice, options: &Options) -> String {
+    let more = ["--follow".to_owned(), format!("--oldest={}", choice.oldest)];
+    let words: Vec<String> = options.fetch_command.iter().cloned().chain(more).collect();
+    conf::wal_command(&words, &["%f", "%p"])
+}
+
+/// `signal`: the name of the file that makes the server recover.
 pub fn write(
     data_dir: &Path,
     backup: &BackupHead,
     tablespaces: &Tablespaces,
     settings: &RecoverySettings,
+    signal: &str,
 ) -> Result<()> {
     disk::durable_write(&data_dir.join("backup_label"), backup.backup_label.as_bytes(), 0o600)?;
     if let Some(map) = tablespaces.map_file() {
@@ -88,5 +130,5 @@ pub fn write(
     conf::apply(data_dir, settings)?;
     // Left by a supervisor that held commits back: the copy has nobody to wait for.
     conf::forget(data_dir, "synchronous_standby_names", SLOT)?;
-    disk::durable_write(&data_dir.join("recovery.signal"), b"", 0o600)
+    disk::durable_write(&data_dir.join(signal), b"", 0o600)
 }

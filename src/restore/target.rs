@@ -3,6 +3,7 @@
 use std::fmt;
 
 use crate::model::{Lsn, Timestamp};
+use crate::postgres::data_dir::{RECOVERY_SIGNAL, STANDBY_SIGNAL};
 
 /// Where recovery is to stop (manual section 20.5.5).
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -40,14 +41,26 @@ pub enum Action {
     Pause,
     Promote,
     Shutdown,
+    /// There is no end: it stays a standby, and follows the newest history as it grows.
+    Follow,
 }
 
 impl Action {
-    pub fn setting(self) -> &'static str {
+    /// `recovery_target_action`.
+    pub fn setting(self) -> Option<&'static str> {
         match self {
-            Action::Pause => "pause",
-            Action::Promote => "promote",
-            Action::Shutdown => "shutdown",
+            Action::Pause => Some("pause"),
+            Action::Promote => Some("promote"),
+            Action::Shutdown => Some("shutdown"),
+            Action::Follow => None,
+        }
+    }
+
+    /// The file that makes the server recover (manual section 26.3.5).
+    pub fn signal(self) -> &'static str {
+        match self {
+            Action::Follow => STANDBY_SIGNAL,
+            _ => RECOVERY_SIGNAL,
         }
     }
 }

@@ -157,7 +157,7 @@ async fn logs(
     let size = view.segment_size();
     let old = now.earlier_by(age_of_left_behind(keep));
     let mut garbage = Vec::new();
-    for WalListing { generation, run, entries } in &census.listed {
+    for WalListing { generation, run, entries, .. } in &census.listed {
         let Some(run) = run.filter(|_| *generation != census.newest) else { continue };
         let stored: HashSet<WalFileName> =
             entries.iter().filter_map(|entry| layout::parse_wal_file(&entry.key)).map(|(_, name)| name).collect();

@@ -29,6 +29,9 @@ pub enum Directory {
     },
     /// A cluster without our note: restored by hand (from which generation), or never supervised.
     Unclaimed { system_id: SystemId, origin: Option<Generation> },
+    /// A copy that has followed this repository (`restore --standby`): the newest generation it was given anything of, and
+    /// why it has no part in the newest history, if so.
+    Standby { system_id: SystemId, origin: Generation, misfit: Option<String> },
     /// Something else.
     Foreign,
     /// A server is running there already.
@@ -85,6 +88,11 @@ pub enum Decision {
     Resume {
         newest: Claim,
     },
+    /// Bring a standby to the newest generation's state, and go on with it.
+    Promote {
+        newest: Claim,
+        origin: Generation,
+    },
     /// Go on with a directory that has no note: a child of `parent`.
     Adopt {
         newest: Option<Claim>,
@@ -136,6 +144,15 @@ impl fmt::Display for Decision {
             Decision::Resume { newest } => {
                 write!(f, "going on with the local directory, generation {}", newest.generation)
             }
+            Decision::Promote { newest, .. } => {
+                write!(
+                    f,
+                    "promoting the standby in the local directory: it follows generation {} (started by {} at {})",
+                    newest.generation,
+                    newest.host,
+                    newest.claimed_at.short()
+                )
+            }
             Decision::Adopt { .. } => f.write_str("taking the local directory over"),
             Decision::Wait { holder } => {
                 write!(
@@ -164,7 +181,7 @@ pub fn decide(facts: &Facts) -> Decision {
         (Directory::Running { pid }, _) => refuse(
             Kind::Refused,
             format!("a server (process {pid}) is running in {}", facts.data_dir),
-            "stop it first; to protect a server that something else supervises, use archive_command = 'perennial wal push \"%p\"'".to_owned(),
+            "stop it first (a standby, too: pg_ctl stop); to protect a server that something else runs, use perennial agent".to_owned(),
         ),
         (Directory::Partial, _) => {
             refuse(Kind::Refused, what_is_partial(facts.data_dir.as_ref()), PARTIAL_HINT.to_owned())
@@ -192,7 +209,26 @@ pub fn decide(facts: &Facts) -> Decision {
             let mine = Mine { generation: *generation, writer_id: *writer_id, unwritten_since: *unwritten_since };
             ours(facts, mine, behind.as_deref(), bucket)
         }
+        (Directory::Standby { system_id, origin, misfit }, bucket) => match bucket {
+            Bucket::Used { newest, holder, .. } if newest.system_id == *system_id => {
+                standby(facts, *origin, misfit.as_deref(), (newest, *holder))
+            }
+            // As any other copy.
+            _ => unclaimed(facts, *system_id, Some(*origin), bucket),
+        },
         (Directory::Unclaimed { system_id, origin }, bucket) => unclaimed(facts, *system_id, *origin, bucket),
+    }
+}
+
+/// It takes over as an empty machine would, and needs no backup for it.
+fn standby(facts: &Facts, origin: Generation, misfit: Option<&str>, (newest, holder): (&Claim, Holder)) -> Decision {
+    match (misfit, holder) {
+        (Some(why), _) => {
+            let why = format!("{} is a standby that cannot go on: {why}", facts.data_dir);
+            diverged(facts, origin, Kind::Refused, why)
+        }
+        (None, Holder::MayLive) => Decision::Spare { holder: newest.clone() },
+        (None, Holder::Gone) => Decision::Promote { newest: newest.clone(), origin },
     }
 }
 
@@ -479,6 +515,29 @@ mod tests {
             assert!(is_refused(&decision, Kind::Refused), "{decision}");
             assert!(decision.to_string().contains("--database"), "{decision}");
         }
+    }
+
+    #[test]
+    fn a_standby_takes_over_when_the_writer_has_gone_and_only_along_its_own_history() {
+        let standby = |misfit: Option<&str>| Directory::Standby {
+            system_id: SYSTEM,
+            origin: Generation(2),
+            misfit: misfit.map(str::to_owned),
+        };
+        let promoted = Decision::Promote { newest: claim(3), origin: Generation(2) };
+        assert_eq!(decided(standby(None), used(3, true), ""), promoted);
+        assert_eq!(decided(standby(None), used(3, false), "adopt init"), promoted, "it needs no backup");
+        let living =
+            || Bucket::Used { repository_id: REPOSITORY, newest: claim(3), restorable: true, holder: Holder::MayLive };
+        assert_eq!(decided(standby(None), living(), "adopt"), Decision::Spare { holder: claim(3) });
+        for bucket in [used(3, true), living()] {
+            assert!(is_refused(&decided(standby(Some("…")), bucket.clone(), "adopt init"), Kind::Refused));
+            assert!(matches!(decided(standby(Some("…")), bucket, "discard"), Decision::SetAside { .. }));
+        }
+        let other = Directory::Standby { system_id: SystemId(7), origin: Generation(2), misfit: None };
+        assert!(is_refused(&decided(other, used(3, true), "adopt"), Kind::Refused));
+        let unused = Bucket::Unused { repository_id: REPOSITORY };
+        assert!(is_refused(&decided(standby(None), unused, ""), Kind::Refused));
     }
 
     #[test]

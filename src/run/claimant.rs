@@ -1,7 +1,6 @@
 //! Claiming the next generation for a data directory, and ending the logs of those before it.
 
 use super::Options;
-use crate::archive::claim::forget_origin;
 use crate::clock::Clock;
 use crate::error::Result;
 use crate::events::{Event, Events};
@@ -9,7 +8,7 @@ use crate::model::{Generation, WriteId};
 use crate::postgres::data_dir::OWN_DIR;
 use crate::postgres::{ControlFile, version_of};
 use crate::repository::log::{Checks, LogView, Sealer};
-use crate::repository::{Claim, NewWriter, Repository, Writer};
+use crate::repository::{Claim, NewWriter, Repository, Writer, origin};
 
 /// Whoever wants to be the one writer.
 #[derive(Clone, Copy)]
@@ -42,7 +41,7 @@ impl Claimant<'_> {
         self.tell(&claim);
         let writer = Writer::new(repository, claim);
         writer.save(&own_dir)?;
-        forget_origin(&own_dir)?;
+        origin::forget(&own_dir)?;
         Ok(Some(writer))
     }
 

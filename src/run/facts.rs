@@ -6,16 +6,14 @@ use std::time::Duration;
 
 use super::Options;
 use super::boot::{Bucket, Directory, Facts, Holder};
-use crate::archive::claim::read_origin;
 use crate::clock::Clock;
 use crate::error::Result;
 use crate::model::Generation;
-use crate::postgres::control_file::State;
-use crate::postgres::data_dir::{OWN_DIR, PARTIAL, RESTORE_MARKER};
+use crate::postgres::data_dir::{OWN_DIR, PARTIAL, RECOVERY_SIGNAL, RESTORE_MARKER};
 use crate::postgres::{ControlFile, PostmasterFile, is_vacant, version_of};
 use crate::repository::log::LogView;
-use crate::repository::{Claim, Found, Repository, WalPlace, WalSource, Writer, layout};
-use crate::restore::Reachable;
+use crate::repository::{Claim, Found, Repository, WalPlace, WalSource, Writer, layout, origin};
+use crate::restore::{Reachable, standby};
 use crate::storage::Store;
 use crate::wal::{SegmentName, WalFileName};
 
@@ -48,15 +46,15 @@ pub(super) async fn gather(
         Found::Repository(repository) => Some(repository),
         Found::Empty => None,
     };
-    let bucket = match &repository {
+    let (bucket, reachable) = match &repository {
         Some(repository) => look_into(repository, options, watched).await?,
-        None => Bucket::Empty,
+        None => (Bucket::Empty, None),
     };
     let newest = match &bucket {
         Bucket::Used { newest, .. } => Some(newest),
         _ => None,
     };
-    let directory = look_at(&options.data_dir, repository.as_ref(), newest).await?;
+    let directory = look_at(&options.data_dir, repository.as_ref(), newest, reachable.as_ref()).await?;
     let facts = Facts {
         data_dir: options.data_dir.display().to_string(),
         address,
@@ -69,26 +67,35 @@ pub(super) async fn gather(
     Ok((repository, facts))
 }
 
-async fn look_into(repository: &Repository, options: &Options, watched: &mut Watched) -> Result<Bucket> {
+/// What is there, and what of the newest history can be reached.
+async fn look_into(
+    repository: &Repository,
+    options: &Options,
+    watched: &mut Watched,
+) -> Result<(Bucket, Option<Reachable>)> {
     let repository_id = repository.descriptor().repository_id;
-    let Some(newest) = repository.newest_generation().await? else { return Ok(Bucket::Unused { repository_id }) };
+    let Some(newest) = repository.newest_generation().await? else {
+        return Ok((Bucket::Unused { repository_id }, None));
+    };
     let newest = repository.claim(newest).await?;
     let view = repository.log(newest.generation).await?;
     let now = repository.clock().monotonic();
     let gone = view.seal.is_some() || view.end().is_none() || watched.is_silent(&view, now, options.takeover_after);
     let holder = if gone { Holder::Gone } else { Holder::MayLive };
-    let restorable = is_restorable(repository, &newest).await?;
-    Ok(Bucket::Used { repository_id, newest, restorable, holder })
+    let reachable = Reachable::find(repository, Some(newest.generation), None).await?;
+    let restorable = match &reachable {
+        Some(reachable) => !reachable.view()?.usable(&reachable.backups).is_empty(),
+        None => false,
+    };
+    Ok((Bucket::Used { repository_id, newest, restorable, holder }, reachable))
 }
 
-async fn is_restorable(repository: &Repository, newest: &Claim) -> Result<bool> {
-    match Reachable::find(repository, Some(newest.generation), None).await? {
-        Some(reachable) => Ok(!reachable.view()?.usable(&reachable.backups).is_empty()),
-        None => Ok(false),
-    }
-}
-
-async fn look_at(data_dir: &Path, repository: Option<&Repository>, newest: Option<&Claim>) -> Result<Directory> {
+async fn look_at(
+    data_dir: &Path,
+    repository: Option<&Repository>,
+    newest: Option<&Claim>,
+    reachable: Option<&Reachable>,
+) -> Result<Directory> {
     if is_vacant(data_dir)? {
         return Ok(Directory::Vacant);
     }
@@ -108,11 +115,16 @@ async fn look_at(data_dir: &Path, repository: Option<&Repository>, newest: Optio
     let own_dir = data_dir.join(OWN_DIR);
     finish_claim(&own_dir, repository, newest)?;
     let Some(writer) = Writer::load(&own_dir)? else {
-        let origin = match repository {
-            Some(repository) => read_origin(&own_dir, repository.descriptor().repository_id)?,
-            None => None,
-        };
-        return Ok(Directory::Unclaimed { system_id: control.system_id, origin });
+        let system_id = control.system_id;
+        let Some(repository) = repository else { return Ok(Directory::Unclaimed { system_id, origin: None }) };
+        let origin = origin::read(&own_dir, repository.descriptor().repository_id)?;
+        return Ok(match (origin, reachable) {
+            (Some(origin), Some(reachable)) if standby::has_followed(data_dir, &control)? => {
+                let place = standby::Place::read(data_dir, &reachable.backups)?;
+                Directory::Standby { system_id, origin, misfit: place.misfit(&reachable.view()?, Some(origin)) }
+            }
+            _ => Directory::Unclaimed { system_id, origin },
+        });
     };
     let same = repository.filter(|repository| repository.descriptor().repository_id == writer.descriptor.repository_id);
     let (mut behind_why, mut unwritten_since) = (None, false);
@@ -164,8 +176,7 @@ async fn behind(
     writer: &Writer,
 ) -> Result<Option<String>> {
     // A directory still in recovery reads the archive itself.
-    if matches!(control.state, State::InArchiveRecovery | State::ShutDownInRecovery)
-        || data_dir.join("recovery.signal").is_file()
+    if control.is_in_recovery() || data_dir.join(RECOVERY_SIGNAL).is_file() || standby::has_followed(data_dir, control)?
     {
         return Ok(None);
     }

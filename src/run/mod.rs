@@ -24,13 +24,14 @@ use crate::archive::resume;
 use crate::clock::Clock;
 use crate::copy::Copy;
 use crate::disk;
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
 use crate::events::{Event, Events};
 use crate::model::{Beside, ByteSize, Generation, Share, WriteId};
-use crate::postgres::{ConnectOptions, Install, version_of};
+use crate::postgres::data_dir::RECOVERY_SIGNAL;
+use crate::postgres::{ConnectOptions, ControlFile, Install, version_of};
 use crate::repository::log::Position;
 use crate::repository::{Claim, Codec, NewWriter, Recipient, Repository, Writer};
-use crate::restore::{self, Action, Overwrite, Target};
+use crate::restore::{self, Action, Overwrite, Target, standby};
 use crate::retention::Keep;
 use crate::storage::{Created, Store};
 
@@ -226,6 +227,7 @@ async fn take_over(store: Arc<dyn Store>, options: &Options, clock: &Clock, even
             Decision::Init => machine.init().await?,
             Decision::Restore { newest } => machine.restore(found, newest).await?,
             Decision::Resume { newest } => machine.resume(found, newest).await?,
+            Decision::Promote { newest, origin } => machine.promote(found, newest, origin).await?,
             Decision::Adopt { newest, parent } => machine.adopt(found, newest, parent).await?,
         };
         match taken {
@@ -316,23 +318,22 @@ impl Machine<'_> {
         let claimed = self.claimant.claim(&repository, Some(newest.generation), Some(newest.generation)).await?;
         let Some(writer) = claimed else { return Ok(None) };
         let sealed = self.claimant.seal_older(&repository, writer.claim.generation).await?;
+        let control = ControlFile::read(data_dir, version_of(data_dir)?)?;
+        if standby::has_followed(data_dir, &control)? {
+            // A standby whose promotion was cut off behind its claim.
+            return self.prepare(&repository, writer, None).await;
+        }
         let Some(last) = sealed.into_iter().find(|view| view.end().is_some()) else {
             return Ok(Some(Taken { writer, start: Start::Now }));
         };
-        let in_recovery = data_dir.join("recovery.signal").is_file();
+        let in_recovery = data_dir.join(RECOVERY_SIGNAL).is_file();
         if in_recovery {
             // It has not written yet: it still follows the repository.
             return Ok(Some(Taken { writer, start: Start::Fork }));
         }
         if let Some(why) = resume::diverges(&repository, &last, data_dir).await? {
             let why = format!("{} does not continue the repository: {why}", data_dir.display());
-            let Decision::Refuse(refusal) =
-                boot::diverged(self.facts, writer.claim.generation, crate::error::Kind::Refused, why)
-            else {
-                self.set_aside(writer.claim.generation)?;
-                return Ok(None);
-            };
-            return Err(refusal.into());
+            return self.diverged(writer.claim.generation, why);
         }
         if let Some(end) = last.end() {
             let lost = restore::beside::lost(&self.options.beside)?;
@@ -340,6 +341,51 @@ impl Machine<'_> {
         }
         let start = last.end().map_or(Start::Now, Start::Continue);
         Ok(Some(Taken { writer, start }))
+    }
+
+    /// Brings a standby to the end of the history, which it has followed so far.
+    async fn promote(
+        &self,
+        repository: Option<Repository>,
+        newest: Claim,
+        origin: Generation,
+    ) -> Result<Option<Taken>> {
+        let repository = known(repository)?;
+        self.install(Some(version_of(&self.options.data_dir)?.major))?;
+        let claimed = self.claimant.claim(&repository, Some(newest.generation), Some(newest.generation)).await?;
+        let Some(writer) = claimed else { return Ok(None) };
+        self.claimant.seal_older(&repository, writer.claim.generation).await?;
+        self.prepare(&repository, writer, Some(origin)).await
+    }
+
+    async fn prepare(
+        &self,
+        repository: &Repository,
+        writer: Writer,
+        origin: Option<Generation>,
+    ) -> Result<Option<Taken>> {
+        let promotion = standby::Promotion {
+            data_dir: &self.options.data_dir,
+            generation: writer.claim.generation,
+            origin,
+            fetch_command: &self.options.fetch_command,
+            beside: &self.options.beside,
+        };
+        match promotion.prepare(repository, self.events).await? {
+            None => Ok(Some(Taken { writer, start: Start::Fork })),
+            Some(why) => {
+                let why = format!("{} is a standby that cannot go on: {why}", self.options.data_dir.display());
+                self.diverged(writer.claim.generation, why)
+            }
+        }
+    }
+
+    /// What was found out only once the logs were sealed: refused, or set aside if that was asked for.
+    fn diverged(&self, generation: Generation, why: String) -> Result<Option<Taken>> {
+        match boot::diverged(self.facts, generation, Kind::Refused, why) {
+            Decision::Refuse(refusal) => Err(refusal.into()),
+            _ => self.set_aside(generation).map(|()| None),
+        }
     }
 
     async fn adopt(

@@ -5,6 +5,7 @@ use std::path::Path;
 
 use super::{Options, WhenBehind};
 use crate::error::{Error, Result};
+use crate::postgres::data_dir::RECOVERY_SIGNAL;
 use crate::postgres::process::ServerCommand;
 use crate::postgres::replication::SLOT;
 use crate::postgres::{ControlFile, Install};
@@ -75,5 +76,5 @@ fn raised(control: &ControlFile, configured: impl Fn(&str) -> Result<String>) ->
 
 /// Whether the next start begins with archive recovery.
 pub(super) fn is_recovering(data_dir: &Path) -> bool {
-    data_dir.join("recovery.signal").is_file()
+    data_dir.join(RECOVERY_SIGNAL).is_file()
 }

@@ -27,6 +27,7 @@ mod outages;
 mod retention;
 mod selected;
 mod shapes;
+mod standbys;
 mod survive;
 mod targets;
 mod wal_files;

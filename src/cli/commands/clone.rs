@@ -18,6 +18,10 @@ pub fn run(setup: &Setup, args: args::Clone) -> Result<i32> {
             "--keep-archiving is not for clones: a clone never writes to the repository it comes from",
         ));
     }
+    if args.restore.standby {
+        return Err(Error::usage("--standby is not for clones: a clone goes its own way")
+            .hint("`perennial restore --standby` makes a standby"));
+    }
     if !args.restore.database.is_empty() {
         return Err(Error::usage("--database is not for clones: a clone is a whole cluster")
             .hint("restore the database by itself, and bring it into a cluster of its own with pg_dump"));

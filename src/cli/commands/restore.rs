@@ -42,10 +42,14 @@ pub fn run(setup: &Setup, args: args::Restore) -> Result<i32> {
         tell_left_out(&left_out);
         if !args.dry_run {
             output::line(format!("start it: pg_ctl -D '{}' start", options.data_dir.display()));
-            if !options.keep_archiving && left_out.is_empty() {
-                output::line(
+            match options.action {
+                Action::Follow => output::line(
+                    "it follows the repository, and writes nothing there; to make it the database, stop it, then: perennial run URL -D DIR",
+                ),
+                _ if options.keep_archiving || !left_out.is_empty() => (),
+                _ => output::line(
                     "archiving is off in this copy; to make it the database from now on: perennial run URL -D DIR --adopt",
-                );
+                ),
             }
         }
         Ok(0)
@@ -71,6 +75,7 @@ pub(super) fn options(setup: &Setup, args: &args::Restore, data_dir: PathBuf) ->
         target: target(&args.target),
         inclusive: !args.exclusive,
         action: match args.action {
+            _ if args.standby => Action::Follow,
             ActionArg::Pause => Action::Pause,
             ActionArg::Promote => Action::Promote,
             ActionArg::Shutdown => Action::Shutdown,
@@ -120,6 +125,7 @@ fn tell_json(options: &restore::Options, choice: &restore::Choice, left_out: &[D
         "schema": "perennial/restore/1",
         "dry_run": dry_run,
         "directory": options.data_dir,
+        "standby": options.action == Action::Follow,
         "backup": super::list::backup_json(&choice.backup),
         "target": choice.located.target.to_string(),
         "generation": choice.generation,

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::archive::push::{Pusher, name_of};
-use crate::archive::{FetchOptions, Fetched, Source, claim, ensure_writer, helper};
+use crate::archive::{FetchOptions, Fetched, Source, ensure_writer, helper};
 use crate::cli::args::{self, HistoryArgs};
 use crate::cli::setup::Setup;
 use crate::cli::{environment, exit};
@@ -15,7 +15,7 @@ use crate::error::{Error, IoContext, Result};
 use crate::postgres::PostmasterFile;
 use crate::postgres::data_dir::OWN_DIR;
 use crate::repository::vault::{Known, Vault};
-use crate::repository::{Repository, Writer};
+use crate::repository::{Repository, Writer, origin};
 use crate::storage::{Policy, Store};
 use crate::wal::{WalFileName, scan_part};
 
@@ -24,6 +24,9 @@ const KEY_NOTE: &str = "key.age";
 
 /// Recovery stops for good when a fetch fails: it is tried for longer than anything else.
 const FETCH_PATIENCE: Duration = Duration::from_secs(300);
+
+/// Between two tries to reach the helper of a standby.
+const AGAIN: Duration = Duration::from_secs(1);
 
 pub async fn push(setup: &Setup, args: args::WalPush) -> Result<i32> {
     end_with_parent()?;
@@ -75,7 +78,7 @@ pub async fn fetch(setup: &Setup, args: args::WalFetch) -> Result<i32> {
     let fetched = match recovering_server(&args, in_data_dir)? {
         Some(postmaster) => {
             let key = helper::history_key(&location.to_string(), options);
-            helper::ask(&setup.clock, &key, name, &args.path, || start_helper(setup, &args.history, postmaster)).await?
+            ask_helper(setup, &args, &key, name, postmaster).await?
         }
         None => None,
     };
@@ -96,10 +99,40 @@ pub async fn fetch(setup: &Setup, args: args::WalFetch) -> Result<i32> {
             }
             Ok(exit::DONE)
         }
+        // A standby asks on and on.
+        Fetched::EndOfWal(_) if options.follow => Ok(exit::END_OF_WAL),
         Fetched::EndOfWal(why) => {
             setup.events.info(format!("end of WAL: {why}"));
             Ok(exit::END_OF_WAL)
         }
+    }
+}
+
+/// Asks the helper of a recovering server; a standby, which may wait for long, until there is an answer. `None` when none
+/// can be had.
+async fn ask_helper(
+    setup: &Setup,
+    args: &args::WalFetch,
+    history: &str,
+    name: WalFileName,
+    postmaster: i32,
+) -> Result<Option<Fetched>> {
+    loop {
+        let start = || start_helper(setup, &args.history, postmaster);
+        let told = |why: &str| setup.events.warning(format!("the standby waits for the repository: {why}"));
+        let fetched = helper::ask(&setup.clock, history, (name, &args.path), start, told).await?;
+        if fetched.is_some() {
+            return Ok(fetched);
+        }
+        // The helper ends with the server, whose directory may be another's by now.
+        let running = PostmasterFile::read(Path::new("."))?.filter(|running| running.is_alive(Path::new(".")));
+        if running.is_none_or(|running| running.pid != postmaster) {
+            return Err(Error::postgres(format!("the server that asked for {name} has ended")));
+        }
+        if !args.history.follow {
+            return Ok(None);
+        }
+        setup.clock.sleep(AGAIN).await;
     }
 }
 
@@ -118,8 +151,10 @@ fn refuse_new_tablespaces(name: WalFileName, path: &Path) -> Result<()> {
 /// The process that fetches ahead; ends with the postmaster.
 pub async fn helper(setup: &Setup, args: args::WalHelper) -> Result<i32> {
     let location = setup.location(None)?;
-    let repository = Repository::open(setup.store(&location, patient())?, &setup.clock).await?;
     let options = history(args.history);
+    // A standby tries again by itself, and says why it waits.
+    let policy = if options.follow { Policy::default() } else { patient() };
+    let repository = Repository::open(setup.store(&location, policy)?, &setup.clock).await?;
     note_origin(&repository, options)?;
     helper::serve(repository, options, args.postmaster, helper::history_key(&location.to_string(), options))
         .await
@@ -129,7 +164,7 @@ pub async fn helper(setup: &Setup, args: args::WalHelper) -> Result<i32> {
 /// A directory that is recovered to a generation remembers which: should it become the database, that is its parent.
 fn note_origin(repository: &Repository, options: FetchOptions) -> Result<()> {
     match options.generation {
-        Some(generation) => claim::note_origin(Path::new(OWN_DIR), repository.descriptor().repository_id, generation),
+        Some(generation) => origin::note(Path::new(OWN_DIR), repository.descriptor().repository_id, generation),
         None => Ok(()),
     }
 }
@@ -139,7 +174,8 @@ fn patient() -> Policy {
 }
 
 fn history(args: HistoryArgs) -> FetchOptions {
-    FetchOptions { generation: args.generation, oldest: args.oldest, timeline: args.timeline, through: args.through }
+    let HistoryArgs { generation, oldest, timeline, through, follow } = args;
+    FetchOptions { generation, oldest, timeline, through, follow }
 }
 
 /// The postmaster whose recovery asks, if one does: pg_rewind and people ask too, and want nothing fetched ahead.
@@ -167,6 +203,7 @@ fn start_helper(setup: &Setup, history: &HistoryArgs, postmaster: i32) -> Result
     command.args(history.oldest.iter().map(|oldest| format!("--oldest={oldest}")));
     command.args(history.timeline.iter().map(|timeline| format!("--timeline={timeline}")));
     command.args(history.through.iter().map(|through| format!("--through={through}")));
+    command.args(history.follow.then_some("--follow"));
     // Its own process group and no descriptor of ours: PostgreSQL must neither wait for it nor signal it.
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).process_group(0);
     command.spawn().on("start", &program).map(drop)

@@ -131,10 +131,10 @@ async fn a_late_seal_ends_nothing_for_whoever_looks_at_that_moment() {
 #[tokio::test]
 async fn a_late_seal_is_not_taken_for_damage_by_whoever_reads_at_that_moment() {
     let (repository, store) = log().await;
-    let run = repository.log_tail(WRITER).await.expect("looked").expect("has WAL");
+    let run = repository.log_and_run(WRITER).await.expect("looked").1.expect("has WAL");
     store.meddle().await;
     let error = repository.read_log(&run, run.start, run.end, |_, _| Ok(())).await.expect_err("it is gone");
     assert!(error.kind() == Kind::Damaged && error.is_retryable(), "{error:?}");
-    let run = repository.log_tail(WRITER).await.expect("looked").expect("has WAL");
+    let run = repository.log_and_run(WRITER).await.expect("looked").1.expect("has WAL");
     repository.read_log(&run, run.start, run.end, |_, _| Ok(())).await.expect("read");
 }

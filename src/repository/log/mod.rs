@@ -21,6 +21,7 @@ mod entry;
 mod late_seals;
 mod read;
 mod seal;
+mod tail;
 
 use serde::{Deserialize, Serialize};
 
@@ -31,6 +32,7 @@ pub use collect::Bound;
 pub use entry::{Content, EntryHead};
 pub use read::{LogRun, LogView};
 pub use seal::Sealer;
+pub use tail::{Grown, Tail};
 
 /// Entries a writer may have on their way at once. A promise of the format: at most this many entries less one can lie
 /// behind a hole or a seal.

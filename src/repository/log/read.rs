@@ -78,11 +78,12 @@ impl Repository {
         while_it_changes(|| self.look(generation)).await
     }
 
-    /// The WAL that can be read from a log's entries now; `None` when it has none.
-    pub async fn log_tail(&self, generation: Generation) -> Result<Option<LogRun>> {
+    /// The same, and the WAL that can be read from its entries now; `None` when it has none.
+    pub async fn log_and_run(&self, generation: Generation) -> Result<(LogView, Option<LogRun>)> {
         while_it_changes(|| async {
             let view = self.look(generation).await?;
-            self.log_run(&view).await
+            let run = self.log_run(&view).await?;
+            Ok((view, run))
         })
         .await
     }
@@ -170,14 +171,24 @@ impl Repository {
     }
 
     async fn entry(&self, generation: Generation, number: u64) -> Result<Entry> {
+        let there = self.entry_if_there(generation, number).await?;
+        there.ok_or_else(|| self.missing(&layout::log_entry(generation, number)).retryable())
+    }
+
+    pub(super) async fn entry_if_there(&self, generation: Generation, number: u64) -> Result<Option<Entry>> {
         let key = layout::log_entry(generation, number);
-        let chunk = self.store.read(&key, 0..OBJECT_MAX).await?.ok_or_else(|| self.missing(&key).retryable())?;
-        entry::decode(self, generation, number, &chunk.bytes)
+        let Some(chunk) = self.store.read(&key, 0..OBJECT_MAX).await? else { return Ok(None) };
+        entry::decode(self, generation, number, &chunk.bytes).map(Some)
     }
 
     /// The WAL that can be read from the entries of a log that was looked at just now. An error that may be retried says
     /// that entries were collected since: look again.
     pub async fn log_run(&self, view: &LogView) -> Result<Option<LogRun>> {
+        Ok(self.extent(view).await?.filter(|run| run.start < run.end))
+    }
+
+    /// The same; of a log that was opened and has no WAL yet, too.
+    pub(super) async fn extent(&self, view: &LogView) -> Result<Option<LogRun>> {
         let Some(end) = view.end() else { return Ok(None) };
         let first = view.bound.number;
         let start = match view.bound.position {
@@ -196,7 +207,7 @@ impl Repository {
             next: view.next,
             at: view.last.as_ref().map_or(Timestamp::from_unix_micros(0), |head| head.at),
         };
-        Ok((run.start < run.end).then_some(run))
+        Ok(Some(run))
     }
 
     /// Reads the WAL from `from` to `to` out of a log's entries, in order: each piece with its position. Entries are
