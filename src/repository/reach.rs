@@ -244,6 +244,7 @@ mod tests {
             stop_lsn: Lsn(stop),
             started_at: Timestamp::from_unix_micros(start as i64),
             stopped_at: Timestamp::from_unix_micros(stop as i64),
+            server_started: None,
             next_xid: 0,
             data_checksums: true,
             backup_label: String::new(),

@@ -25,6 +25,7 @@ mod live_backup;
 mod outages;
 mod retention;
 mod shapes;
+mod summaries;
 mod survive;
 mod targets;
 mod wal_files;
