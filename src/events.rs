@@ -48,6 +48,8 @@ pub enum Event {
     BackupDone {
         id: BackupId,
         read: u64,
+        /// Bytes that WAL summaries made it unnecessary to read.
+        unread: u64,
         stored: u64,
         elapsed: Duration,
     },
@@ -237,13 +239,15 @@ impl fmt::Display for Event {
                     "backup: waiting for WAL through {through} to reach the repository ({missing} segments missing)"
                 )
             }
-            BackupDone { id, read, stored, elapsed } => write!(
-                f,
-                "backup {id} is restorable: {} read, {} stored, {:.1} s",
-                human_bytes(*read),
-                human_bytes(*stored),
-                elapsed.as_secs_f64()
-            ),
+            BackupDone { id, read, unread, stored, elapsed } => {
+                let (read, stored) = (human_bytes(*read), human_bytes(*stored));
+                let unread = match unread {
+                    0 => String::new(),
+                    unread => format!(", {} untouched and not read", human_bytes(*unread)),
+                };
+                let seconds = elapsed.as_secs_f64();
+                write!(f, "backup {id} is restorable: {read} read{unread}, {stored} stored, {seconds:.1} s")
+            }
             DrillDone { backup, elapsed } => {
                 write!(f, "drill: {backup} restores, recovers and is sound ({:.1} s)", elapsed.as_secs_f64())
             }

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use tokio::task::JoinSet;
 
 use super::UPLOADS;
+use super::changes::FileChanges;
 use super::parent::Parent;
 use super::region::{self, Content, Job, Known, Packed, Read};
 use super::workers::{Answer, Workers, answer};
@@ -54,6 +55,8 @@ pub struct Copied {
     pub packs: Vec<PackId>,
     /// Bytes of the new ones.
     pub stored: u64,
+    /// Bytes that were not read.
+    pub unread: u64,
     pub damaged: Vec<DamagedPage>,
     pub damaged_pages: u64,
 }
@@ -118,6 +121,8 @@ struct Past {
     pages_since: Option<Lsn>,
     /// Every change of a page has moved its position: without checksums, hints are set behind its back.
     exact: bool,
+    /// What WAL says has changed, if it does.
+    changes: Option<FileChanges>,
 }
 
 impl Past {
@@ -127,6 +132,7 @@ impl Past {
             region: self.entry.regions.get(usize::try_from(number).ok()?)?.clone(),
             pages_since: self.pages_since,
             may_patch: self.exact && same_file,
+            untouched: self.changes.as_ref().is_some_and(|changes| changes.is_untouched(number)),
         })
     }
 }
@@ -225,6 +231,7 @@ impl<'a> Copy<'a> {
             entry: parent.file(&file.path)?.clone(),
             pages_since: file.pages_have_lsn.then_some(parent.start),
             exact: parent.exact && self.task.data_checksums,
+            changes: parent.changes_of(file),
         })
     }
 
@@ -300,6 +307,9 @@ impl<'a> Copy<'a> {
     /// Adds a region to the newest file and to the pack.
     async fn take(&mut self, read: Read) -> Result<()> {
         self.done += u64::from(read.plain);
+        if read.unread {
+            self.copied.unread += u64::from(read.plain);
+        }
         if self.done >= self.told + PROGRESS_STEP {
             self.told = self.done;
             self.events.emit(Event::BackupProgress { done: self.done.min(self.total), total: self.total });

@@ -5,11 +5,13 @@
 //! nothing visible.
 
 pub mod beside;
+mod changes;
 mod copy;
 mod parent;
 #[cfg(test)]
 mod random_histories;
 mod region;
+mod summaries;
 mod wait;
 mod workers;
 
@@ -58,6 +60,10 @@ pub struct Options {
 pub struct Done {
     pub head: BackupHead,
     pub elapsed: Duration,
+    /// Bytes of files that were not read, because WAL summaries say that they are as in the last backup.
+    pub unread: u64,
+    /// Why every page was read; `None` when WAL summaries told what had changed.
+    pub every_page: Option<String>,
     /// Why there is no snapshot of a directory beside the database. The backup is sound without it.
     pub failed: Vec<Error>,
 }
@@ -93,11 +99,16 @@ pub async fn run(repository: &Repository, options: &Options, events: &Events) ->
     // After a promotion the timeline shows there only with the next checkpoint: the one that has just been made.
     let before = control.timeline;
     let control = ControlFile::read(&options.data_dir, server.version)?;
-    let parent = if control.timeline == before { parent } else { look(control.timeline).await? };
+    let mut parent = if control.timeline == before { parent } else { look(control.timeline).await? };
     let nonce = u16::from_le_bytes(repository.clock().random());
     let id = BackupId { generation: options.generation, start, nonce };
 
-    let (outside, ()) = tokio::try_join!(outside_files(&client, &options.data_dir), repository.backup_begins(id))?;
+    let now = summaries::Moment::beginning(&control, start, server_started);
+    let clock_and_events = (repository.clock(), events);
+    let (outside, (), every_page) =
+        tokio::try_join!(outside_files(&client, &options.data_dir), repository.backup_begins(id), async {
+            Ok(summaries::ask(&client, server.version, parent.as_mut(), &now, clock_and_events).await)
+        })?;
     let walk = data_dir::walk(&options.data_dir, server.version, control.catalog_version)?;
     announce(events, id, start, &walk);
     let task = copy::Task { repository, id, start, data_checksums: control.data_checksums };
@@ -110,6 +121,7 @@ pub async fn run(repository: &Repository, options: &Options, events: &Events) ->
     // The session must live until the stop: a backup ends with the session that began it.
     drop(client);
     report_damage(&copied, options, events)?;
+    let unread = copied.unread;
 
     let needed = wait::Needed {
         generation: options.generation,
@@ -120,12 +132,19 @@ pub async fn run(repository: &Repository, options: &Options, events: &Events) ->
         system_id: server.system_id,
     };
     wait::for_wal(repository, &needed, options.wal_timeout, events).await?;
-    let head =
-        commit(repository, &task, (&server, &control), (&walk, databases), (copied, parent_id), (started_at, stopped))
-            .await?;
+    let head = commit(
+        repository,
+        &task,
+        (&server, &control),
+        (&walk, databases),
+        (copied, parent_id),
+        (started_at, server_started, stopped),
+    )
+    .await?;
     let elapsed = repository.clock().monotonic() - began;
-    events.emit(Event::BackupDone { id, read: head.bytes, stored: head.stored, elapsed });
-    Ok(Done { head, elapsed, failed })
+    let read = head.bytes.saturating_sub(unread);
+    events.emit(Event::BackupDone { id, read, unread, stored: head.stored, elapsed });
+    Ok(Done { head, elapsed, unread, every_page, failed })
 }
 
 /// Snapshots of what lies beside the database. A directory that cannot be read is no reason to have no backup.
@@ -263,7 +282,7 @@ async fn commit(
     (server, control): (&Server, &ControlFile),
     (walk, databases): (&Walk, Vec<(u32, String)>),
     (copied, parent): (Copied, Option<BackupId>),
-    (started_at, stopped): (Timestamp, Stopped),
+    (started_at, server_started, stopped): (Timestamp, Timestamp, Stopped),
 ) -> Result<BackupHead> {
     let mut writer = LinesWriter::new(repository.descriptor().codec);
     copied.packs.iter().try_for_each(|pack| writer.add(&Line::Pack(*pack)))?;
@@ -305,6 +324,7 @@ async fn commit(
         stop_lsn: stopped.lsn,
         started_at,
         stopped_at: stopped.at,
+        server_started: Some(server_started),
         next_xid: stopped.next_xid,
         data_checksums: control.data_checksums,
         backup_label: stopped.backup_label,

@@ -1,9 +1,12 @@
 //! The backup that a new one builds on: what has not changed since is not stored again.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 
+use super::changes::{Changes, FileChanges};
 use crate::error::Result;
 use crate::model::{BackupId, Generation, Lsn, PackId, SystemId, Timeline, Timestamp};
+use crate::postgres::data_dir::FileItem;
 use crate::repository::manifest::{BackupHead, FileEntry, Line, REGION};
 use crate::repository::{BesideHead, Region, Repository, layout};
 use crate::wal::{History, WalFileName};
@@ -25,6 +28,10 @@ pub struct Parent {
     /// Every change of a page since then has moved its LSN: checksums were on, and the server has not been down since, when
     /// tools may change pages in place (pg_checksums, pg_rewind).
     pub exact: bool,
+    /// Of a backup that was read.
+    pub head: Option<Box<BackupHead>>,
+    /// What has changed since, if WAL tells.
+    pub changes: Option<Arc<Changes>>,
     pub packs: Vec<PackId>,
     files: HashMap<String, FileEntry>,
 }
@@ -44,37 +51,36 @@ impl Parent {
         match sound.iter().filter(is_past).max_by_key(|head| head.stop_lsn) {
             Some(head) => {
                 let exact = head.data_checksums && server_started < head.started_at;
+                let head = Box::new(head.clone());
                 Ok(Some(Parent { exact, ..Parent::read(repository, head).await? }))
             }
             None => Ok(None),
         }
     }
 
-    async fn read(repository: &Repository, head: &BackupHead) -> Result<Parent> {
-        let mut parent = Parent {
-            id: head.backup_id,
-            start: head.start_lsn,
-            exact: false,
-            packs: Vec::new(),
-            files: HashMap::new(),
-        };
+    async fn read(repository: &Repository, head: Box<BackupHead>) -> Result<Parent> {
+        let mut parent = Parent::new(head.backup_id, head.start_lsn);
         let mut broken = false;
         repository
-            .read_manifest(head.backup_id, |line| {
+            .read_manifest(parent.id, |line| {
                 broken |= !parent.add(line);
                 Ok(())
             })
             .await?;
         match broken {
-            true => Err(repository.corrupt(&layout::manifest(head.backup_id), "a file names what is not there")),
-            false => Ok(parent),
+            true => Err(repository.corrupt(&layout::manifest(parent.id), "a file names what is not there")),
+            false => Ok(Parent { head: Some(head), ..parent }),
         }
+    }
+
+    fn new(id: BackupId, start: Lsn) -> Parent {
+        let (packs, files) = (Vec::new(), HashMap::new());
+        Parent { id, start, exact: false, head: None, changes: None, packs, files }
     }
 
     /// A snapshot of a directory beside the database.
     pub async fn beside(repository: &Repository, head: &BesideHead) -> Result<Parent> {
-        let (id, start) = (head.backup_id, head.lsn);
-        let mut parent = Parent { id, start, exact: false, packs: Vec::new(), files: HashMap::new() };
+        let mut parent = Parent::new(head.backup_id, head.lsn);
         let (mut broken, key) = (false, head.key());
         repository
             .read_beside(&key, |line| {
@@ -105,7 +111,16 @@ impl Parent {
     /// What was just copied.
     pub fn of(id: BackupId, start: Lsn, copied: &super::copy::Copied) -> Parent {
         let files = copied.files.iter().map(|file| (file.path.clone(), file.clone())).collect();
-        Parent { id, start, exact: true, packs: copied.packs.clone(), files }
+        Parent { exact: true, packs: copied.packs.clone(), files, ..Parent::new(id, start) }
+    }
+
+    /// What WAL says of a file. One with damaged pages is read, so that they are met again.
+    pub fn changes_of(&self, file: &FileItem) -> Option<FileChanges> {
+        let damaged = self.head.as_ref().map_or(&[][..], |head| &head.damaged);
+        if damaged.iter().any(|page| page.file == file.path) {
+            return None;
+        }
+        self.changes.as_ref()?.of(file)
     }
 
     pub fn file(&self, path: &str) -> Option<&FileEntry> {

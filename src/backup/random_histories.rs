@@ -1,10 +1,11 @@
 //! Random lives of files against a model: whatever happened between backups, each one holds the exact bytes of its moment,
-//! and goes on doing so when those before it are gone.
+//! and goes on doing so when those before it are gone. In every other life WAL summaries tell what has changed.
 
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 
+use super::changes::{BLOCKS, Changes};
 use super::copy::{self, Copied, Task};
 use super::parent::Parent;
 use crate::clock::Clock;
@@ -12,6 +13,7 @@ use crate::disk::UncachedFile;
 use crate::model::{BackupId, Generation, Lsn};
 use crate::postgres::data_dir::FileItem;
 use crate::postgres::page::{self, PAGE};
+use crate::postgres::summaries::{Relation, Touched, What};
 use crate::repository::codec::decompress;
 use crate::repository::manifest::{FileEntry, Region};
 use crate::repository::{Codec, Repository};
@@ -31,6 +33,8 @@ struct Disk {
     files: BTreeMap<String, Vec<[u8; PAGE]>>,
     lsn: u64,
     chance: Chance,
+    /// What summaries would say of WAL since the last backup, in lives that have them.
+    said: Option<Vec<Touched>>,
 }
 
 impl Disk {
@@ -45,6 +49,16 @@ impl Disk {
         page
     }
 
+    /// Of the visibility map summaries say nothing that we would believe.
+    fn say(&mut self, path: &str, what: What) {
+        let Some(relation) = Relation::of_path(path) else { return };
+        self.said.iter_mut().for_each(|said| said.push(Touched { relation, what }));
+    }
+
+    fn say_block(&mut self, path: &str, block: usize) {
+        self.say(path, What::Stretch(block as u32 / BLOCKS));
+    }
+
     fn change(&mut self, path: &str) {
         self.lsn += 8;
         let (lsn, what) = (self.lsn, self.chance.below(9));
@@ -53,23 +67,33 @@ impl Disk {
             // Grows, by pages that were written or by zeros.
             0 | 1 => {
                 for _ in 0..self.chance.below(40) {
-                    let page = if self.chance.below(9) == 0 { [0; PAGE] } else { self.page(pages.len(), lsn) };
-                    pages.push(page);
+                    if self.chance.below(9) == 0 {
+                        // WAL does not tell of these.
+                        pages.push([0; PAGE]);
+                    } else {
+                        self.say_block(path, pages.len());
+                        pages.push(self.page(pages.len(), lsn));
+                    }
                 }
             }
-            2 => pages.truncate(self.chance.below(pages.len() as u64 + 1) as usize),
+            2 => {
+                pages.truncate(self.chance.below(pages.len() as u64 + 1) as usize);
+                self.say(path, What::CutTo(pages.len() as u32));
+            }
             // Some pages change, here and there or many.
             3..=6 => {
                 for _ in 0..[3, 12, 60][self.chance.below(3) as usize] {
                     if !pages.is_empty() {
                         let block = self.chance.below(pages.len() as u64) as usize;
+                        self.say_block(path, block);
                         pages[block] = self.page(block, lsn);
                     }
                 }
             }
-            // A page rots on the disk: its checksum does not hold any more, and nothing says that it has changed.
+            // A page rots on the disk: its checksum does not hold any more, and nothing says that it has changed. With
+            // summaries such a page is not even read, and the backup has it as it was.
             7 => {
-                if !pages.is_empty() {
+                if !pages.is_empty() && self.said.is_none() {
                     let block = self.chance.below(pages.len() as u64) as usize;
                     pages[block][4000] ^= 1;
                 }
@@ -80,15 +104,32 @@ impl Disk {
                 let old = (1 << 20) + self.chance.below(lsn - (1 << 20));
                 let length = [pages.len() as u64, self.chance.below(200)][self.chance.below(2) as usize];
                 pages = (0..length as usize).map(|block| self.page(block, old)).collect();
+                // Dropped and made again, alone or with its database.
+                let relation = Relation::of_path(path);
+                let number = |relation: Relation| if old & 1 == 0 { relation.number } else { 0 };
+                if let (Some(said), Some(relation)) = (&mut self.said, relation) {
+                    said.push(Touched {
+                        relation: Relation { number: number(relation), ..relation },
+                        what: What::CutTo(0),
+                    });
+                }
                 // Some of it has been written to since.
                 for _ in 0..self.chance.below(3).min(pages.len() as u64) {
                     let block = self.chance.below(pages.len() as u64) as usize;
+                    self.say_block(path, block);
                     pages[block] = self.page(block, lsn);
                 }
                 self.files.insert(format!("new {path}"), Vec::new());
             }
         }
         self.files.insert(path.to_owned(), pages);
+    }
+
+    /// Everything said since the last backup.
+    fn changes(&self) -> Option<Arc<Changes>> {
+        let mut changes = Changes::default();
+        self.said.as_ref()?.iter().for_each(|touched| changes.note(*touched).expect("fits"));
+        Some(Arc::new(changes))
     }
 
     /// Brings the directory to the model's state. Files that are the same ones stay the same ones.
@@ -160,6 +201,7 @@ struct Sum {
     patched: usize,
     /// Backups that were cut off.
     died: usize,
+    unread: u64,
 }
 
 async fn live(seed: u64) -> Sum {
@@ -168,8 +210,10 @@ async fn live(seed: u64) -> Sum {
     let faulty = Faulty::new(Arc::new(Adapter::memory()));
     let store: Arc<dyn Store> = Arc::new(faulty.clone());
     let (repository, _) = Repository::init(store, Codec::default(), &clock).await.expect("made");
-    let mut disk = Disk { files: BTreeMap::new(), lsn: 1 << 21, chance: Chance(seed) };
-    let paths = ["16384", "16385", "16384_vm"];
+    let said = (seed % 2 == 1).then(Vec::new);
+    let mut disk = Disk { files: BTreeMap::new(), lsn: 1 << 21, chance: Chance(seed), said };
+    std::fs::create_dir_all(directory.path().join("base/5")).expect("made");
+    let paths = ["base/5/16384", "base/5/16385", "base/5/16384_vm"];
     let mut kept: Vec<(Copied, BTreeMap<String, Vec<u8>>)> = Vec::new();
     let mut newest: Option<(BackupId, Lsn, Copied)> = None;
     let mut sum = Sum::default();
@@ -184,7 +228,13 @@ async fn live(seed: u64) -> Sum {
         let id = BackupId { generation: Generation(1), start, nonce: n as u16 };
         let task = Task { repository: &repository, id, start, data_checksums: true };
         let items: Vec<_> = disk.files.keys().map(|path| (item(directory.path(), path), None)).collect();
-        let parent = || newest.as_ref().map(|(id, start, copied)| Parent::of(*id, *start, copied));
+        let changes = disk.changes();
+        let parent = || {
+            let (id, start, copied) = newest.as_ref()?;
+            let mut parent = Parent::of(*id, *start, copied);
+            parent.changes = changes.clone();
+            Some(parent)
+        };
         // Now and then it dies before, and is done again: what it has put stays behind, named by nobody.
         if disk.chance.below(3) == 0 {
             let (id, lived_for) = (BackupId { nonce: u16::MAX - n as u16, ..id }, disk.chance.below(3) as usize);
@@ -194,12 +244,14 @@ async fn live(seed: u64) -> Sum {
         }
         let copied = copy::files_only(&task, &items, parent()).await.expect("copied");
         sum.stored += copied.stored;
+        sum.unread += copied.unread;
         let regions = copied.files.iter().flat_map(|file| &file.regions);
         sum.patched += regions.filter(|region| !region.patches.is_empty()).count();
         let files = disk.files.iter().map(|(path, pages)| (path.clone(), pages.concat()));
         let files: BTreeMap<_, _> = files.collect();
         sum.bytes += files.values().map(|content| content.len() as u64).sum::<u64>();
         newest = Some((id, start, copied.clone()));
+        disk.said.iter_mut().for_each(Vec::clear);
         kept.push((copied, files));
         // Each backup, now and again later.
         for (copied, files) in &kept {
@@ -235,6 +287,7 @@ fn every_backup_holds_the_bytes_of_its_moment() {
             stored: sum.stored + life.stored,
             patched: sum.patched + life.patched,
             died: sum.died + life.died,
+            unread: sum.unread + life.unread,
         };
     }
     assert!(sum.bytes > 100 << 20, "too little was looked at: {sum:?}");
@@ -242,4 +295,5 @@ fn every_backup_holds_the_bytes_of_its_moment() {
     let scratch = tempfile::NamedTempFile::new().expect("a file");
     let tells_birth = UncachedFile::open(scratch.path()).expect("opened").is_some_and(|file| file.birth().is_some());
     assert!(sum.patched > 100 || !tells_birth, "patches were hardly met: {sum:?}");
+    assert!(sum.unread > 10 << 20 || !tells_birth, "hardly anything was left unread: {sum:?}");
 }

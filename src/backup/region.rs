@@ -50,6 +50,17 @@ pub struct Known {
     /// The file is the same one as then, and pages change with their position only: those with an older one are as they
     /// were. Without this a path may have been used again, by a file whose pages are older than the last backup.
     pub may_patch: bool,
+    /// WAL says that nothing has written to it since.
+    pub untouched: bool,
+}
+
+impl Known {
+    /// The region, if it need not be read.
+    fn unread(&self, length: usize) -> Option<&Region> {
+        // What WAL says is of the same file; and what is beyond the length it had then is not in that backup.
+        let same = self.untouched && self.may_patch && self.region.plain as usize == length;
+        same.then_some(&self.region)
+    }
 }
 
 /// A region ready to be packed.
@@ -60,6 +71,8 @@ pub struct Read {
     pub crc: u32,
     /// Blocks whose checksum does not hold.
     pub damaged: Vec<u32>,
+    /// It was not read: WAL says that it is as the last backup has it.
+    pub unread: bool,
 }
 
 #[derive(Debug)]
@@ -85,6 +98,10 @@ impl Packed {
 }
 
 pub fn read(job: &Job) -> Result<Read> {
+    if let Some(region) = job.known.as_ref().and_then(|known| known.unread(job.length)) {
+        let (plain, crc) = (region.plain, region.crc);
+        return Ok(Read { content: Content::Same(region.clone()), plain, crc, damaged: Vec::new(), unread: true });
+    }
     thread_local! {
         static BUFFER: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
     }
@@ -111,7 +128,7 @@ pub fn pack(plain: &[u8], codec: Codec, known: Option<&Known>, damaged: Vec<u32>
         Some(known) => compare(plain, crc, codec, known)?,
         None => Content::Whole(Packed::of(plain, codec)?),
     };
-    Ok(Read { content, plain: plain.len() as u32, crc, damaged })
+    Ok(Read { content, plain: plain.len() as u32, crc, damaged, unread: false })
 }
 
 fn compare(plain: &[u8], crc: u32, codec: Codec, known: &Known) -> Result<Content> {

@@ -81,7 +81,7 @@ pub struct Stopped {
 /// One session.
 #[derive(Debug)]
 pub struct Client {
-    inner: tokio_postgres::Client,
+    pub(super) inner: tokio_postgres::Client,
 }
 
 impl Client {
@@ -302,7 +302,7 @@ fn text_of(error: &tokio_postgres::Error) -> String {
     }
 }
 
-fn sql_error(sql: &str, error: &tokio_postgres::Error) -> Error {
+pub(super) fn sql_error(sql: &str, error: &tokio_postgres::Error) -> Error {
     let start: String = sql.chars().take(80).collect();
     Error::postgres(format!("{} (in: {start})", text_of(error)))
 }

@@ -8,6 +8,7 @@ pub mod install;
 pub mod page;
 pub mod process;
 pub mod replication;
+pub mod summaries;
 pub mod version;
 
 use std::path::Path;

@@ -17,6 +17,8 @@ pub struct Version {
     pub manifest_version: u32,
     /// Whether statistics are kept in files while the server runs (`stats_temp_directory`, gone in 15).
     pub has_statistics_files: bool,
+    /// Whether the server can keep summaries of what WAL touches (`summarize_wal`, since 17).
+    pub has_wal_summaries: bool,
     /// Empty directories below `pg_wal` that the server expects.
     pub wal_directories: &'static [&'static str],
 }
@@ -37,6 +39,7 @@ const fn version(major: u32, control: (u32, usize), modern: bool, manifest_versi
         stop_backup: if modern { STOP } else { OLD_STOP },
         manifest_version,
         has_statistics_files: !modern,
+        has_wal_summaries: manifest_version != 1,
         wal_directories: if manifest_version == 1 { STATUS_ONLY } else { STATUS_AND_SUMMARIES },
     }
 }

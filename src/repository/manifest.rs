@@ -44,6 +44,9 @@ pub struct BackupHead {
     pub started_at: Timestamp,
     /// By the server's clock, after the stop: commits from here on are not in the backup but in its WAL.
     pub stopped_at: Timestamp,
+    /// When the server had been started: which run of it this backup is of. Absent in backups of earlier releases.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub server_started: Option<Timestamp>,
     /// The next transaction id when the backup ended (low 32 bits).
     pub next_xid: u32,
     /// Whether the cluster checks its pages.
@@ -100,6 +103,7 @@ pub fn backup_head(generation: u32, timeline: u32, start: u64, stop: u64) -> Bac
         stop_lsn: Lsn(stop),
         started_at: Timestamp::from_unix_micros(start as i64),
         stopped_at: Timestamp::from_unix_micros(stop as i64),
+        server_started: None,
         next_xid: 0,
         data_checksums: true,
         backup_label: String::new(),

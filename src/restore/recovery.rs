@@ -12,6 +12,7 @@ use crate::error::Result;
 use crate::model::{Generation, Timeline};
 use crate::postgres::conf;
 use crate::postgres::replication::SLOT;
+use crate::postgres::summaries;
 use crate::repository::manifest::BackupHead;
 
 /// Settings of `postgresql.auto.conf`; `None` takes a former one away.
@@ -130,5 +131,7 @@ pub fn write(
     conf::apply(data_dir, settings)?;
     // Left by a supervisor that held commits back: the copy has nobody to wait for.
     conf::forget(data_dir, "synchronous_standby_names", SLOT)?;
+    // And one that had WAL summarized: the summarizer must not be in the way of recovery.
+    conf::forget(data_dir, summaries::SETTING, summaries::OURS)?;
     disk::durable_write(&data_dir.join(signal), b"", 0o600)
 }

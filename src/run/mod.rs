@@ -12,6 +12,7 @@ mod schedule;
 mod server;
 mod signals;
 mod streaming;
+mod summaries;
 mod supervisor;
 mod telling;
 

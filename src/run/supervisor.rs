@@ -10,7 +10,7 @@ use std::time::Duration;
 use super::server::{self, Stage};
 use super::signals::{Asked, NOTICE, Signals, asked};
 use super::streaming::{Expected, Streaming};
-use super::{Options, Start, ending, hold, notices, schedule, telling};
+use super::{Options, Start, ending, hold, notices, schedule, summaries, telling};
 use crate::archive::push::Pusher;
 use crate::archive::stream::{Order, Progress, watch_lag};
 use crate::clock::Clock;
@@ -56,6 +56,7 @@ pub(super) async fn supervise(
     };
     let _told = telling::tell(options, &keeper.board, events)?;
     hold::let_go(options)?;
+    summaries::let_go(options)?;
     let private = PrivateDir::new(&keeper.clock)?;
     let first = keeper.stage(Stage::Private(&private.0)).await?;
     drop(private);
@@ -307,6 +308,7 @@ impl Care<'_> {
             ended = schedule::follow(self.options, self.pusher, writer, begins_anew, (self.events, self.board)) => ended,
             () = hold::watch(self.options, progress, self.board, (clock, self.events)) => Ok(()),
             () = lag => Ok(()),
+            () = summaries::watch(self.options, (clock, self.events)) => Ok(()),
         }
     }
 }

@@ -195,6 +195,7 @@ impl Builder {
             stop_lsn: Lsn(start.0 + size().bytes()),
             started_at: taken,
             stopped_at: taken,
+            server_started: None,
             next_xid: 1000,
             data_checksums: true,
             backup_label: String::new(),

@@ -28,6 +28,7 @@ mod retention;
 mod selected;
 mod shapes;
 mod standbys;
+mod summaries;
 mod survive;
 mod targets;
 mod wal_files;

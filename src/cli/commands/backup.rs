@@ -50,10 +50,18 @@ pub fn run(setup: &Setup, args: args::Backup) -> Result<i32> {
                 "schema": "perennial/backup/1",
                 "backup": super::list::backup_json(&done.head),
                 "seconds": done.elapsed.as_secs_f64(),
+                "read_bytes": done.head.bytes.saturating_sub(done.unread),
+                "unread_bytes": done.unread,
+                "changes_from": if done.every_page.is_none() { "wal_summaries" } else { "pages" },
+                "why_pages": done.every_page,
             }))?;
         } else {
+            let unread = match done.unread {
+                0 => String::new(),
+                unread => format!(", {} of it not read", human_bytes(unread)),
+            };
             output::line(format!(
-                "{} {} stored as {}",
+                "{} {} stored as {}{unread}",
                 done.head.backup_id,
                 human_bytes(done.head.bytes),
                 human_bytes(done.head.stored)
