@@ -21,6 +21,9 @@ const HEADS: usize = 16;
 const SEGMENTS: usize = 3;
 const SEGMENTS_OF_SAMPLE: usize = 1;
 
+/// Looks that are made ready at once: each takes about a kilobyte.
+const PREPARED: usize = 1000;
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Depth {
     /// Everything that a restore needs is there and has the right size; manifests are read.
@@ -252,10 +255,22 @@ impl Packs {
 
 /// Whether each backup still has the WAL without which it is none. It waited for that under its own generation.
 async fn look_at_consistency(repository: &Repository, backups: &[BackupHead], report: &mut Report) -> Result<()> {
+    let mut backups: Vec<&BackupHead> = backups.iter().collect();
+    // Most are on the way to the newest state; what is wrong with that is told elsewhere.
+    match Reachable::find(repository, None, None).await {
+        Ok(Some(main)) => {
+            let view = main.view()?;
+            backups.retain(|backup| view.coverage_of(backup).is_none());
+        }
+        Ok(None) => (),
+        Err(error) if matches!(error.kind(), Kind::Damaged | Kind::NotFound) => (),
+        Err(error) => return Err(error),
+    }
     let histories: BTreeSet<_> = backups.iter().map(|backup| (backup.generation, backup.timeline)).collect();
     for (generation, timeline) in histories {
         let consequence = |backup: &BackupHead| format!("backup {} cannot be restored", backup.backup_id);
-        let of = backups.iter().filter(|backup| (backup.generation, backup.timeline) == (generation, timeline));
+        let all = backups.iter().copied();
+        let of = all.filter(|backup| (backup.generation, backup.timeline) == (generation, timeline));
         match Reachable::find(repository, Some(generation), Some(timeline)).await {
             Ok(Some(reachable)) => {
                 let view = reachable.view()?;
@@ -323,15 +338,19 @@ async fn look_at_wal(
     let (whole, heads): (Vec<_>, Vec<_>) = wanted.into_iter().partition(reads);
     let whole_at_once = if depth == Depth::Full { SEGMENTS } else { SEGMENTS_OF_SAMPLE };
     for (segments, read, at_once) in [(heads, false, HEADS), (whole, true, whole_at_once)] {
-        let looks = segments.into_iter().map(|(name, place)| look_at_segment(repository, reachable, name, place, read));
-        let looks: Vec<_> = looks.collect();
-        let mut looks = futures::stream::iter(looks).buffer_unordered(at_once);
-        while let Some((name, looked)) = looks.next().await {
-            match looked {
-                Ok(bytes) => report.bytes += bytes,
-                Err(error) => {
-                    let start = name.start(size).unwrap_or(Lsn(0));
-                    report.find_or(error, format!("no point behind {start} can be reached from an earlier backup"))?;
+        for some in segments.chunks(PREPARED) {
+            let look =
+                |(name, place): &(SegmentName, WalPlace)| look_at_segment(repository, reachable, *name, *place, read);
+            let looks: Vec<_> = some.iter().map(look).collect();
+            let mut looks = futures::stream::iter(looks).buffer_unordered(at_once);
+            while let Some((name, looked)) = looks.next().await {
+                match looked {
+                    Ok(bytes) => report.bytes += bytes,
+                    Err(error) => {
+                        let start = name.start(size).unwrap_or(Lsn(0));
+                        let consequence = format!("no point behind {start} can be reached from an earlier backup");
+                        report.find_or(error, consequence)?;
+                    }
                 }
             }
         }
