@@ -7,6 +7,7 @@ use std::path::Path;
 
 use super::copy::{self, Copied, Task};
 use super::parent::Parent;
+use super::remains::Remains;
 use super::{check_newest, still_there};
 use crate::disk::{self, UncachedFile};
 use crate::error::{Error, IoContext, Kind, Result};
@@ -32,12 +33,13 @@ pub struct Place {
     pub timeline: Timeline,
 }
 
-/// Takes a snapshot. `position` tells, once the directory has been read, where WAL is and what time. `None` when there is
-/// nothing in the directory.
+/// Takes a snapshot. `position` tells, once the directory has been read, where WAL is and what time; `remains` may be named
+/// as long as the backup under which they were found is under way. `None` when there is nothing in the directory.
 pub async fn take(
     repository: &Repository,
     beside: &Beside,
     place: Place,
+    remains: &Remains,
     position: impl AsyncFn() -> Result<(Lsn, Timestamp)>,
     events: &Events,
 ) -> Result<Option<BesideHead>> {
@@ -54,7 +56,7 @@ pub async fn take(
         found => found?,
     };
     let built_on = parent.as_ref().map(|parent| parent.id);
-    let task = Task { repository, id: place.backup, start: Lsn(0), data_checksums: false };
+    let task = Task { repository, id: place.backup, start: Lsn(0), data_checksums: false, remains };
     let look = |now| aside(&beside.path, move |top| Found::look(top, now));
     let mut found = look(repository.clock().now()).await?;
     let (mut stored, mut pass) = (0, 1);

@@ -11,6 +11,7 @@ use tokio::task::JoinSet;
 use super::UPLOADS;
 use super::parent::Parent;
 use super::region::{self, Content, Job, Known, Packed, Read};
+use super::remains::Remains;
 use super::workers::{Answer, Workers, answer};
 use crate::disk::UncachedFile;
 use crate::error::{Error, Result};
@@ -44,6 +45,7 @@ pub struct Task<'a> {
     pub id: BackupId,
     pub start: Lsn,
     pub data_checksums: bool,
+    pub remains: &'a Remains,
 }
 
 /// What the copy came to.
@@ -52,8 +54,9 @@ pub struct Copied {
     pub files: Vec<FileEntry>,
     /// All that are needed: new ones, and those of the last backup that have what has not changed.
     pub packs: Vec<PackId>,
-    /// Bytes of the new ones.
+    /// Bytes of the new ones, and of frames that a backup which was cut off had put already.
     pub stored: u64,
+    pub found: u64,
     pub damaged: Vec<DamagedPage>,
     pub damaged_pages: u64,
 }
@@ -331,32 +334,37 @@ impl<'a> Copy<'a> {
         for frame in frames {
             let pack = self.parent.as_ref().and_then(|parent| parent.packs.get(frame.pack as usize)).copied();
             let Some(pack) = pack else { return Err(Error::internal("a region of the last backup without a pack")) };
-            let next = self.copied.packs.len() as u32;
-            frame.pack = *self.numbers.entry(pack).or_insert(next);
-            if frame.pack == next {
-                self.copied.packs.push(pack);
-            }
+            frame.pack = self.number(pack);
         }
         Ok(region)
     }
 
+    /// The place of a pack in the list.
+    fn number(&mut self, pack: PackId) -> u32 {
+        let next = self.copied.packs.len() as u32;
+        let number = *self.numbers.entry(pack).or_insert(next);
+        if number == next {
+            self.copied.packs.push(pack);
+        }
+        number
+    }
+
     async fn add_to_pack(&mut self, packed: Packed) -> Result<FrameRef> {
+        let (stored, sha256) = (packed.frame.len() as u32, packed.sha256);
+        if let Some(there) = self.task.remains.find(&sha256, stored) {
+            self.copied.found += u64::from(stored);
+            return Ok(FrameRef { pack: self.number(there.pack), offset: there.offset, stored, sha256 });
+        }
         let mut pack = match self.pack.take() {
             Some(pack) => pack,
             None => {
                 let clock = self.task.repository.clock();
-                let pack = PackBuilder::new(PackId(clock.random()), WriteId(clock.random()), self.task.id)?;
-                self.numbers.insert(pack.id, self.copied.packs.len() as u32);
-                self.copied.packs.push(pack.id);
-                pack
+                PackBuilder::new(PackId(clock.random()), WriteId(clock.random()), self.task.id)?
             }
         };
-        let Some(number) = self.numbers.get(&pack.id).copied() else {
-            return Err(Error::internal("a pack without a number"));
-        };
-        let (stored, sha256) = (packed.frame.len() as u32, packed.sha256);
+        let pack_number = self.number(pack.id);
         let offset = pack.add(packed.frame, sha256);
-        let frame = FrameRef { pack: number, offset, stored, sha256 };
+        let frame = FrameRef { pack: pack_number, offset, stored, sha256 };
         if pack.is_full() {
             self.upload(pack).await?;
         } else {

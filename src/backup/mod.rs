@@ -10,6 +10,7 @@ mod parent;
 #[cfg(test)]
 mod random_histories;
 mod region;
+pub mod remains;
 mod wait;
 mod workers;
 
@@ -19,18 +20,21 @@ use std::time::Duration;
 use crate::disk;
 use crate::error::{Error, IoContext, Kind, Result};
 use crate::events::{Event, Events, Level};
-use crate::model::{BackupId, Beside, Generation, Lsn, PackId, Timestamp, WriteId};
+use crate::model::{BackupId, Beside, Generation, Lsn, PackId, Timestamp, WriteId, human_bytes};
 use crate::postgres::client::{Server, Stopped, same_directory};
 use crate::postgres::data_dir::{self, FileItem, Item, Walk};
 use crate::postgres::{Client, ConnectOptions, ControlFile};
 use crate::repository::Repository;
 use crate::repository::manifest::{BackupHead, Directory, Line, Lines, LinesWriter, Link, REGION, Tablespace};
+use crate::storage::Body;
 
 use copy::Copied;
 use parent::{Descent, Parent};
+use remains::Remains;
 
 /// Packs on their way at once. Memory budget of a backup, under 128 MB: one pack being filled and these, 48 MB, and up
-/// to [`copy::IN_FLIGHT_MAX`] threads with 5 MB each.
+/// to [`copy::IN_FLIGHT_MAX`] threads with 5 MB each; after one that was cut off also what that has left ([`remains`]), 36 MB at
+/// most. What the last backup has of each region comes on top, about 100 bytes for each megabyte of files.
 pub const UPLOADS: usize = 2;
 
 #[derive(Debug, Clone)]
@@ -83,10 +87,11 @@ pub async fn run(repository: &Repository, options: &Options, events: &Events) ->
     };
     // The server's checkpoint takes a while: the repository is looked at meanwhile.
     let looked = async {
-        tokio::try_join!(check_newest(repository, options.generation), look(control.timeline)).map(|(_, parent)| parent)
+        let newest = check_newest(repository, options.generation);
+        tokio::try_join!(newest, look(control.timeline), remains::since(repository))
     };
     let began_there = client.start_backup(server.version, "perennial", options.fast);
-    let (start, parent) = tokio::try_join!(began_there, looked)?;
+    let (start, ((), parent, since)) = tokio::try_join!(began_there, looked)?;
     // After a promotion the timeline shows there only with the next checkpoint: the one that has just been made.
     let before = control.timeline;
     let control = ControlFile::read(&options.data_dir, server.version)?;
@@ -94,14 +99,18 @@ pub async fn run(repository: &Repository, options: &Options, events: &Events) ->
     let nonce = u16::from_le_bytes(repository.clock().random());
     let id = BackupId { generation: options.generation, start, nonce };
 
-    let (outside, ()) = tokio::try_join!(outside_files(&client, &options.data_dir), repository.backup_begins(id))?;
+    let announced = Remains::announce(repository, id, since, events);
+    let (outside, remains) = tokio::try_join!(outside_files(&client, &options.data_dir), announced)?;
     let walk = data_dir::walk(&options.data_dir, server.version, control.catalog_version)?;
     announce(events, id, start, &walk);
-    let task = copy::Task { repository, id, start, data_checksums: control.data_checksums };
+    let task = copy::Task { repository, id, start, data_checksums: control.data_checksums, remains: &remains };
     let parent_id = parent.as_ref().map(|parent| parent.id);
     let copied = copy::run(&task, &walk, &outside, parent, server.version, events).await?;
+    if copied.found > 0 {
+        events.info(format!("{} were there already, of a backup that did not end", human_bytes(copied.found)));
+    }
     let place = beside::Place { backup: id, generation: id.generation, timeline: control.timeline };
-    let failed = besides(repository, options, place, &client, events).await?;
+    let failed = besides(&task, options, place, &client, events).await?;
     let stopped = client.stop_backup(server.version).await?;
     // The session must live until the stop: a backup ends with the session that began it.
     drop(client);
@@ -125,7 +134,7 @@ pub async fn run(repository: &Repository, options: &Options, events: &Events) ->
 
 /// Snapshots of what lies beside the database. A directory that cannot be read is no reason to have no backup.
 async fn besides(
-    repository: &Repository,
+    task: &copy::Task<'_>,
     options: &Options,
     place: beside::Place,
     client: &Client,
@@ -135,7 +144,7 @@ async fn besides(
     for directory in &options.beside {
         // What an application has put there of a commit, it has put there after the commit.
         let position = async || Ok((client.inserted().await?, client.now().await?));
-        match beside::take(repository, directory, place, position, events).await {
+        match beside::take(task.repository, directory, place, task.remains, position, events).await {
             Ok(_) => (),
             Err(error) if error.kind() == Kind::Fenced => return Err(error),
             Err(error) => {
@@ -312,11 +321,27 @@ async fn commit(
         lines: Lines::none(),
     };
     let (head, body) = head.with(writer)?;
-    tokio::try_join!(check_newest(repository, task.id.generation), still_there(repository, parent, &copied.packs))?;
-    repository.put_manifest(task.id, &body).await?;
-    // Left behind it does no harm: the backup exists.
-    let _ = repository.backup_ended(task.id).await;
+    make_visible(repository, &head, &body, &copied.packs).await?;
     Ok(head)
+}
+
+/// Puts the manifest, once all that it names is there to stay.
+pub(crate) async fn make_visible(
+    repository: &Repository,
+    head: &BackupHead,
+    body: &Body,
+    packs: &[PackId],
+) -> Result<()> {
+    let id = head.backup_id;
+    tokio::try_join!(check_newest(repository, id.generation), still_there(repository, head.parent, packs))?;
+    repository.put_manifest(id, body).await?;
+    if repository.has_tombstone(id).await? {
+        return Err(Error::refused(format!("backup {id} was taken for dead, and deleted, before it was done"))
+            .hint("one that takes longer than a week is; if no other machine has taken over, take it again"));
+    }
+    // Left behind it does no harm: the backup exists.
+    let _ = repository.backup_ended(id).await;
+    Ok(())
 }
 
 async fn check_newest(repository: &Repository, generation: Generation) -> Result<()> {

@@ -8,6 +8,8 @@ mod facts;
 mod hold;
 mod metadata;
 mod notices;
+#[cfg(test)]
+mod prune_beside_backup;
 mod schedule;
 mod server;
 mod signals;

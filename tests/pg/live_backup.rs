@@ -32,6 +32,56 @@ fn a_backup_that_is_killed_leaves_nothing_visible() {
     assert_eq!(backups(&bucket), 2);
 }
 
+/// WAL is held up, so that the backup puts its packs and cannot end before it is killed.
+#[test]
+fn a_backup_that_was_killed_goes_on_with_what_it_had_put() {
+    let scratch = Scratch::new();
+    let bucket = Bucket::directory(&scratch);
+    let mut machine = Machine::new(&scratch, "a", &bucket);
+    machine.start(&["--init"]).ready().with_backup();
+    // Nothing of it can be compressed: four packs and a rest.
+    let noise = ["md5(random()::text)"; 8].join(" || ");
+    machine.sql(&format!("CREATE TABLE filler AS SELECT n, decode({noise}, 'hex') AS noise FROM generate_series(1, 500000) n"));
+    machine.sql("VACUUM (FREEZE, ANALYZE) filler");
+    machine.sql("CHECKPOINT");
+    let content = "SELECT count(*), sum(hashtext(noise::text)::bigint * n) FROM filler";
+    let expected = machine.sql(content);
+    let packs = || -> u64 {
+        // Not what is still being written.
+        let all = all_files(&bucket.path().join("packs"));
+        let whole = all.iter().filter(|path| path.to_str().is_some_and(|path| !path.contains('#')));
+        whole.filter_map(|path| path.metadata().ok()).map(|metadata| metadata.len()).sum()
+    };
+    let before = packs();
+    let data = machine.data_dir();
+    let arguments = ["backup", "-D", data.to_str().expect("text")];
+    machine.signal(nix::sys::signal::Signal::SIGSTOP);
+    let mut backup = bucket.command(&arguments).spawn().expect("started");
+    wait_until("most of it is in the bucket", || packs() >= before + (64 << 20));
+    backup.kill().expect("killed");
+    backup.wait().expect("ended");
+    machine.signal(nix::sys::signal::Signal::SIGCONT);
+    let left = packs() - before;
+    assert_eq!(backups(&bucket), 1);
+
+    let again = bucket.json(&arguments);
+    let stored = again["backup"]["stored"].as_u64().expect("bytes");
+    assert!(stored * 4 < left, "{left} bytes were there, and {stored} more were put");
+    machine.archived();
+    let restored = |name: &str| {
+        let data = scratch.dir(name).join("data");
+        bucket.must(&["restore", "-D", data.to_str().expect("text")]);
+        let copy = Plain::start(&scratch, name, &bucket, &Postgres::debian()).up(false);
+        copy.machine.sql(content)
+    };
+    assert_eq!(restored("b"), expected);
+    // What it names of the dead one's is as safe as its own.
+    bucket.must(&["prune", "--keep-last=1", "--prune-grace=0"]);
+    assert_eq!(backups(&bucket), 1);
+    bucket.must(&["verify", "--full"]);
+    assert_eq!(restored("c"), expected);
+}
+
 #[test]
 fn a_damaged_page_is_reported_by_file_and_block_and_fails_only_when_asked() {
     let scratch = Scratch::new();
