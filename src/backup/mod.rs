@@ -104,7 +104,7 @@ pub async fn run(repository: &Repository, options: &Options, events: &Events) ->
     let walk = data_dir::walk(&options.data_dir, server.version, control.catalog_version)?;
     announce(events, id, start, &walk);
     let task = copy::Task { repository, id, start, data_checksums: control.data_checksums, remains: &remains };
-    let parent_id = parent.as_ref().map(|parent| parent.id);
+    let built_on = parent.as_ref().map(|parent| (parent.id, parent.full_at));
     let copied = copy::run(&task, &walk, &outside, parent, server.version, events).await?;
     if copied.found > 0 {
         events.info(format!("{} were there already, of a backup that did not end", human_bytes(copied.found)));
@@ -126,7 +126,7 @@ pub async fn run(repository: &Repository, options: &Options, events: &Events) ->
     };
     wait::for_wal(repository, &needed, options.wal_timeout, events).await?;
     let head =
-        commit(repository, &task, (&server, &control), &walk, (copied, parent_id), (started_at, stopped)).await?;
+        commit(repository, &task, (&server, &control), &walk, (copied, built_on), (started_at, stopped)).await?;
     let elapsed = repository.clock().monotonic() - began;
     events.emit(Event::BackupDone { id, read: head.bytes, stored: head.stored, elapsed });
     Ok(Done { head, elapsed, failed })
@@ -266,7 +266,7 @@ async fn commit(
     task: &copy::Task<'_>,
     (server, control): (&Server, &ControlFile),
     walk: &Walk,
-    (copied, parent): (Copied, Option<BackupId>),
+    (copied, built_on): (Copied, Option<(BackupId, Option<Timestamp>)>),
     (started_at, stopped): (Timestamp, Stopped),
 ) -> Result<BackupHead> {
     let mut writer = LinesWriter::new(repository.descriptor().codec);
@@ -315,7 +315,8 @@ async fn commit(
         bytes,
         stored: copied.stored,
         packs: copied.packs.len() as u64,
-        parent,
+        parent: built_on.map(|(parent, _)| parent),
+        full_at: built_on.map_or(Some(started_at), |(_, full_at)| full_at),
         damaged: copied.damaged,
         damaged_pages: copied.damaged_pages,
         lines: Lines::none(),

@@ -20,6 +20,8 @@ pub struct Descent {
 #[derive(Debug)]
 pub struct Parent {
     pub id: BackupId,
+    /// When the last full backup began that it builds on.
+    pub full_at: Option<Timestamp>,
     /// Pages that were changed since carry this position or a later one.
     pub start: Lsn,
     /// Every change of a page since then has moved its LSN: checksums were on, and the server has not been down since, when
@@ -53,6 +55,7 @@ impl Parent {
     async fn read(repository: &Repository, head: &BackupHead) -> Result<Parent> {
         let mut parent = Parent {
             id: head.backup_id,
+            full_at: head.full_at,
             start: head.start_lsn,
             exact: false,
             packs: Vec::new(),
@@ -74,7 +77,7 @@ impl Parent {
     /// A snapshot of a directory beside the database.
     pub async fn beside(repository: &Repository, head: &BesideHead) -> Result<Parent> {
         let (id, start) = (head.backup_id, head.lsn);
-        let mut parent = Parent { id, start, exact: false, packs: Vec::new(), files: HashMap::new() };
+        let mut parent = Parent { id, full_at: None, start, exact: false, packs: Vec::new(), files: HashMap::new() };
         let (mut broken, key) = (false, head.key());
         repository
             .read_beside(&key, |line| {
@@ -105,7 +108,7 @@ impl Parent {
     /// What was just copied.
     pub fn of(id: BackupId, start: Lsn, copied: &super::copy::Copied) -> Parent {
         let files = copied.files.iter().map(|file| (file.path.clone(), file.clone())).collect();
-        Parent { id, start, exact: true, packs: copied.packs.clone(), files }
+        Parent { id, full_at: None, start, exact: true, packs: copied.packs.clone(), files }
     }
 
     pub fn file(&self, path: &str) -> Option<&FileEntry> {

@@ -157,6 +157,10 @@ pub struct Keep {
     /// How often to take a base backup
     #[arg(long, value_name = "DURATION", value_parser = parse_duration, env = "PERENNIAL_BACKUP_EVERY", hide_env_values = true)]
     pub backup_every: Option<Duration>,
+    /// How old the last full backup may be before the next one stores everything anew instead of building on the last one; 0
+    /// for never [default: 0]
+    #[arg(long, value_name = "DURATION", value_parser = parse_duration, env = "PERENNIAL_FULL_EVERY", hide_env_values = true)]
+    pub full_every: Option<Duration>,
     /// Keep a second repository current: a copy in another region, another cloud, on a disk (see `perennial copy`)
     #[arg(long, value_name = "URL", env = "PERENNIAL_ALSO_TO", hide_env_values = true)]
     pub also_to: Option<Location>,

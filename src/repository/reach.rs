@@ -254,6 +254,7 @@ mod tests {
             stored: 0,
             packs: 0,
             parent: None,
+            full_at: None,
             damaged: Vec::new(),
             damaged_pages: 0,
             lines: crate::repository::manifest::Lines::none(),

@@ -70,6 +70,8 @@ pub struct Options {
     /// How long a stop may take.
     pub grace: Duration,
     pub backup_every: Duration,
+    /// How old the last full backup may be when the next one that is due becomes a full one; zero: none does for its age.
+    pub full_every: Duration,
     /// Proofs that the newest state can be restored.
     pub drill: Option<Drills>,
     /// A second place that is kept current.

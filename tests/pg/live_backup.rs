@@ -65,7 +65,7 @@ fn a_backup_that_was_killed_goes_on_with_what_it_had_put() {
     assert_eq!(backups(&bucket), 1);
 
     let again = bucket.json(&arguments);
-    let stored = again["backup"]["stored"].as_u64().expect("bytes");
+    let stored = again["backup"]["stored_bytes"].as_u64().expect("bytes");
     assert!(stored * 4 < left, "{left} bytes were there, and {stored} more were put");
     machine.archived();
     let restored = |name: &str| {
@@ -80,6 +80,28 @@ fn a_backup_that_was_killed_goes_on_with_what_it_had_put() {
     assert_eq!(backups(&bucket), 1);
     bucket.must(&["verify", "--full"]);
     assert_eq!(restored("c"), expected);
+}
+
+#[test]
+fn by_schedule_everything_is_stored_anew_once_the_last_full_backup_is_old() {
+    let scratch = Scratch::new();
+    let bucket = Bucket::directory(&scratch);
+    let mut machine = Machine::new(&scratch, "a", &bucket);
+    let schedule = ["--init", "--backup-every=300ms", "--full-every=4s"];
+    machine.start(&[&schedule[..], &["--", "-c", "checkpoint_completion_target=0"]].concat()).ready();
+    let taken = || bucket.json(&["list"])["backups"].as_array().expect("a list").clone();
+    let is_full = |backup: &serde_json::Value| backup["parent"].is_null();
+    wait_until("a second full one", || taken().iter().filter(|backup| is_full(backup)).count() == 2);
+    let all = taken();
+    assert!(is_full(&all[0]) && !is_full(&all[1]), "the one after the first builds on it: {all:?}");
+    let mut last_full = &all[0];
+    for backup in &all {
+        last_full = if is_full(backup) { backup } else { last_full };
+        assert_eq!(backup["full_at"], last_full["started_at"], "each tells how old what it builds on is");
+        let share = backup["stored_bytes"].as_u64().expect("bytes") * 4 > all[0]["stored_bytes"].as_u64().expect("bytes");
+        assert_eq!(share, is_full(backup), "{backup}");
+    }
+    assert_eq!(machine.stop(), 0);
 }
 
 #[test]

@@ -85,6 +85,7 @@ pub(super) fn options(
         grace: duration(setup, keep.grace, config.grace.as_ref(), GRACE)?,
         takeover_after: duration(setup, keep.takeover_after, config.takeover_after.as_ref(), TAKEOVER_AFTER)?,
         backup_every: duration(setup, keep.backup_every, config.backup_every.as_ref(), BACKUP_EVERY)?,
+        full_every: duration(setup, keep.full_every, config.full_every.as_ref(), Duration::ZERO)?,
         max_wal_behind: match (keep.max_wal_behind, &config.max_wal_behind) {
             (None, Some(text)) => Some(text.parse()?),
             (given, _) => given,
