@@ -12,7 +12,7 @@ use super::{check_newest, still_there};
 use crate::disk::{self, UncachedFile};
 use crate::error::{Error, IoContext, Kind, Result};
 use crate::events::Events;
-use crate::model::{BackupId, Beside, Generation, Lsn, Timeline, Timestamp, WriteId, human_bytes};
+use crate::model::{BackupId, Beside, ByteSize, Generation, Lsn, Timeline, Timestamp, WriteId, human_bytes};
 use crate::postgres::data_dir::FileItem;
 use crate::repository::manifest::{Directory, Line, Lines, LinesWriter, Link};
 use crate::repository::{BesideHead, Repository, SET_ASIDE, UNFINISHED};
@@ -33,13 +33,20 @@ pub struct Place {
     pub timeline: Timeline,
 }
 
-/// Takes a snapshot. `position` tells, once the directory has been read, where WAL is and what time; `remains` may be named
-/// as long as the backup under which they were found is under way. `None` when there is nothing in the directory.
+/// What a snapshot has of the backup that it is taken with.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Means<'a> {
+    /// They may be named as long as that backup is under way.
+    pub remains: Option<&'a Remains>,
+    pub max_rate: Option<ByteSize>,
+}
+
+/// Takes a snapshot. `position` tells, once the directory has been read, where WAL is and what time. `None` when there is
+/// nothing in the directory.
 pub async fn take(
     repository: &Repository,
     beside: &Beside,
-    place: Place,
-    remains: &Remains,
+    (place, means): (Place, Means<'_>),
     position: impl AsyncFn() -> Result<(Lsn, Timestamp)>,
     events: &Events,
 ) -> Result<Option<BesideHead>> {
@@ -56,7 +63,8 @@ pub async fn take(
         found => found?,
     };
     let built_on = parent.as_ref().map(|parent| parent.id);
-    let task = Task { repository, id: place.backup, start: Lsn(0), data_checksums: false, remains };
+    let Means { remains, max_rate } = means;
+    let task = Task { repository, id: place.backup, start: Lsn(0), data_checksums: false, remains, max_rate };
     let look = |now| aside(&beside.path, move |top| Found::look(top, now));
     let mut found = look(repository.clock().now()).await?;
     let (mut stored, mut pass) = (0, 1);

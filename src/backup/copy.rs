@@ -10,13 +10,14 @@ use tokio::task::JoinSet;
 
 use super::UPLOADS;
 use super::parent::Parent;
+use super::rate::Rate;
 use super::region::{self, Content, Job, Known, Packed, Read};
 use super::remains::Remains;
 use super::workers::{Answer, Workers, answer};
 use crate::disk::UncachedFile;
 use crate::error::{Error, Result};
 use crate::events::{Event, Events};
-use crate::model::{BackupId, Lsn, PackId, WriteId};
+use crate::model::{BackupId, ByteSize, Lsn, PackId, WriteId};
 use crate::postgres::control_file::{CONTROL_FILE, CONTROL_FILE_SIZE};
 use crate::postgres::data_dir::{FileItem, Walk};
 use crate::postgres::{ControlFile, Version};
@@ -45,7 +46,9 @@ pub struct Task<'a> {
     pub id: BackupId,
     pub start: Lsn,
     pub data_checksums: bool,
-    pub remains: &'a Remains,
+    pub remains: Option<&'a Remains>,
+    /// Bytes a second that may be read.
+    pub max_rate: Option<ByteSize>,
 }
 
 /// What the copy came to.
@@ -144,6 +147,7 @@ struct Copy<'a> {
     queue: VecDeque<Part>,
     workers: Workers,
     in_flight: usize,
+    rate: Option<Rate>,
     copied: Copied,
     pack: Option<PackBuilder>,
     uploads: JoinSet<Result<()>>,
@@ -163,6 +167,7 @@ impl<'a> Copy<'a> {
             owners: HashMap::new(),
             queue: VecDeque::new(),
             in_flight: in_flight(),
+            rate: task.max_rate.and_then(Rate::new),
             copied: Copied::default(),
             pack: None,
             uploads: JoinSet::new(),
@@ -197,6 +202,7 @@ impl<'a> Copy<'a> {
             let length = (size - offset).min(REGION) as usize;
             let known = past.as_ref().and_then(|past| past.region(offset / REGION, birth.as_deref()));
             let job = self.job(Arc::clone(&open), file, offset, length, known);
+            self.may_read(length as u64).await;
             let read = self.workers.run(move || region::read(&job));
             self.push(Part::Region(read)).await?;
             offset += length as u64;
@@ -217,8 +223,19 @@ impl<'a> Copy<'a> {
             let job = Job { file: Arc::new(open), offset: 0, length, first_block, start, codec, known };
             Ok(Some((region::read(&job)?, birth)))
         };
+        self.may_read(file.size).await;
         let read = self.workers.run(work);
         self.push(Part::Whole(entry, read)).await
+    }
+
+    /// Waits until so many bytes may be read.
+    async fn may_read(&mut self, bytes: u64) {
+        let Some(rate) = &mut self.rate else { return };
+        let clock = self.task.repository.clock();
+        let wait = rate.wait(bytes, clock.monotonic());
+        if !wait.is_zero() {
+            clock.sleep(wait).await;
+        }
     }
 
     /// The file as the last backup has it.
@@ -351,7 +368,7 @@ impl<'a> Copy<'a> {
 
     async fn add_to_pack(&mut self, packed: Packed) -> Result<FrameRef> {
         let (stored, sha256) = (packed.frame.len() as u32, packed.sha256);
-        if let Some(there) = self.task.remains.find(&sha256, stored) {
+        if let Some(there) = self.task.remains.and_then(|remains| remains.find(&sha256, stored)) {
             self.copied.found += u64::from(stored);
             return Ok(FrameRef { pack: self.number(there.pack), offset: there.offset, stored, sha256 });
         }

@@ -7,6 +7,7 @@
 pub mod beside;
 mod copy;
 mod parent;
+mod rate;
 #[cfg(test)]
 mod random_histories;
 mod region;
@@ -20,7 +21,7 @@ use std::time::Duration;
 use crate::disk;
 use crate::error::{Error, IoContext, Kind, Result};
 use crate::events::{Event, Events, Level};
-use crate::model::{BackupId, Beside, Generation, Lsn, PackId, Timestamp, WriteId, human_bytes};
+use crate::model::{BackupId, Beside, ByteSize, Generation, Lsn, PackId, Timestamp, WriteId, human_bytes};
 use crate::postgres::client::{Server, Stopped, same_directory};
 use crate::postgres::data_dir::{self, FileItem, Item, Walk};
 use crate::postgres::{Client, ConnectOptions, ControlFile};
@@ -49,6 +50,8 @@ pub struct Options {
     pub fail_on_damage: bool,
     /// Store everything anew instead of building on the last backup.
     pub full: bool,
+    /// Bytes a second that are read at most; what is sent is less of it, in packs of 16 MB. `None`: as fast as it goes.
+    pub max_rate: Option<ByteSize>,
     /// How long to wait for the backup's WAL to reach the repository.
     pub wal_timeout: Duration,
     /// Directories beside the database, of which a snapshot goes with it.
@@ -103,7 +106,8 @@ pub async fn run(repository: &Repository, options: &Options, events: &Events) ->
     let (outside, remains) = tokio::try_join!(outside_files(&client, &options.data_dir), announced)?;
     let walk = data_dir::walk(&options.data_dir, server.version, control.catalog_version)?;
     announce(events, id, start, &walk);
-    let task = copy::Task { repository, id, start, data_checksums: control.data_checksums, remains: &remains };
+    let (data_checksums, max_rate) = (control.data_checksums, options.max_rate);
+    let task = copy::Task { repository, id, start, data_checksums, remains: Some(&remains), max_rate };
     let built_on = parent.as_ref().map(|parent| (parent.id, parent.full_at));
     let copied = copy::run(&task, &walk, &outside, parent, server.version, events).await?;
     if copied.found > 0 {
@@ -144,7 +148,8 @@ async fn besides(
     for directory in &options.beside {
         // What an application has put there of a commit, it has put there after the commit.
         let position = async || Ok((client.inserted().await?, client.now().await?));
-        match beside::take(task.repository, directory, place, task.remains, position, events).await {
+        let means = beside::Means { remains: task.remains, max_rate: task.max_rate };
+        match beside::take(task.repository, directory, (place, means), position, events).await {
             Ok(_) => (),
             Err(error) if error.kind() == Kind::Fenced => return Err(error),
             Err(error) => {

@@ -136,6 +136,10 @@ fn item(directory: &Path, path: &str) -> FileItem {
     }
 }
 
+fn task<'a>(repository: &'a Repository, id: BackupId, start: Lsn, remains: &'a Remains) -> Task<'a> {
+    Task { repository, id, start, data_checksums: true, remains: Some(remains), max_rate: None }
+}
+
 async fn content(repository: &Repository, copied: &Copied, file: &FileEntry) -> Vec<u8> {
     let mut all = Vec::new();
     for region in &file.regions {
@@ -212,7 +216,7 @@ async fn live(seed: u64) -> Sum {
             begun.push(id);
             let lived_for = disk.chance.below(3) as usize;
             faulty.queue(&[vec![Fault::None; lived_for], vec![Fault::Denied; 8]].concat());
-            let task = Task { repository: &repository, id, start, data_checksums: true, remains: &found };
+            let task = task(&repository, id, start, &found);
             sum.died += usize::from(copy::files_only(&task, &items, parent()).await.is_err() || lived_for > 0);
             faulty.forget();
             // Some of it is written to, and what is left may go, before it is done again.
@@ -229,7 +233,7 @@ async fn live(seed: u64) -> Sum {
         let since = remains::since(&repository).await.expect("looked");
         assert_eq!(since.is_some(), !begun.is_empty());
         let found = Remains::announce(&repository, id, since, &Events::silent()).await.expect("looked");
-        let task = Task { repository: &repository, id, start, data_checksums: true, remains: &found };
+        let task = task(&repository, id, start, &found);
         let copied = copy::files_only(&task, &items, parent()).await.expect("copied");
         for id in begun.into_iter().chain([id]) {
             repository.backup_ended(id).await.expect("ended");

@@ -5,8 +5,7 @@ use std::time::Duration;
 
 use crate::archive::push::Pusher;
 use crate::archive::stream::catch_up;
-use crate::backup::beside::{self, Place};
-use crate::backup::remains::Remains;
+use crate::backup::beside::{self, Means, Place};
 use crate::error::{Error, IoContext, Result};
 use crate::events::Events;
 use crate::model::{Beside, Lsn};
@@ -54,7 +53,7 @@ async fn snapshots(
         let position = async || Ok((end, repository.clock().now()));
         for beside in besides {
             let place = Place { backup, generation, timeline };
-            beside::take(repository, beside, place, &Remains::default(), position, events).await?;
+            beside::take(repository, beside, (place, Means::default()), position, events).await?;
         }
         Ok::<_, Error>(())
     };

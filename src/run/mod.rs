@@ -72,6 +72,8 @@ pub struct Options {
     pub backup_every: Duration,
     /// How old the last full backup may be when the next one that is due becomes a full one; zero: none does for its age.
     pub full_every: Duration,
+    /// Bytes a second that a base backup reads at most.
+    pub max_rate: Option<ByteSize>,
     /// Proofs that the newest state can be restored.
     pub drill: Option<Drills>,
     /// A second place that is kept current.

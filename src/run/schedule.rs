@@ -175,6 +175,7 @@ async fn next(options: &Options, pusher: &Pusher, at_once: bool, events: &Events
         fast: ended.is_none(),
         fail_on_damage: false,
         full: is_full_due(last.full, repository.clock().now(), options.full_every),
+        max_rate: options.max_rate,
         wal_timeout: Duration::from_secs(3600),
         beside: options.beside.clone(),
     };

@@ -105,6 +105,24 @@ fn by_schedule_everything_is_stored_anew_once_the_last_full_backup_is_old() {
 }
 
 #[test]
+fn a_backup_reads_no_faster_than_it_may() {
+    let scratch = Scratch::new();
+    let bucket = Bucket::directory(&scratch);
+    let mut machine = Machine::new(&scratch, "a", &bucket);
+    machine.start(&["--init"]).ready().with_backup();
+    let beside = scratch.dir("beside");
+    std::fs::write(beside.join("index"), vec![7; 5 << 20]).expect("written");
+    give(&beside);
+    let (data, with) = (machine.data_dir(), format!("--with=beside={}", beside.display()));
+    let report = bucket.json(&["backup", "-D", data.to_str().expect("text"), "--max-rate=10MB", &with]);
+    let bytes = report["backup"]["bytes"].as_f64().expect("bytes");
+    let seconds = report["seconds"].as_f64().expect("seconds");
+    // Each of the two begins with a burst and what comes first, and the control file is not counted.
+    let least = (bytes + 5e6 - 3e6) / (10 << 20) as f64 - 0.2;
+    assert!(least > 1.5 && seconds > least, "{bytes} bytes in {seconds} s, expected {least} at least");
+}
+
+#[test]
 fn a_damaged_page_is_reported_by_file_and_block_and_fails_only_when_asked() {
     let scratch = Scratch::new();
     let bucket = Bucket::directory(&scratch);
