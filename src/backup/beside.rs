@@ -39,6 +39,8 @@ pub struct Means<'a> {
     /// They may be named as long as that backup is under way.
     pub remains: Option<&'a Remains>,
     pub max_rate: Option<ByteSize>,
+    /// Whether packs of which little is used are left behind: it takes time, which a stop does not have.
+    pub leaves_sparse_packs: bool,
 }
 
 /// Takes a snapshot. `position` tells, once the directory has been read, where WAL is and what time. `None` when there is
@@ -62,8 +64,11 @@ pub async fn take(
         }
         found => found?,
     };
+    if let Some(parent) = parent.as_mut().filter(|_| means.leaves_sparse_packs) {
+        parent.leave_sparse_packs(repository).await?;
+    }
     let built_on = parent.as_ref().map(|parent| parent.id);
-    let Means { remains, max_rate } = means;
+    let Means { remains, max_rate, .. } = means;
     let task = Task { repository, id: place.backup, start: Lsn(0), data_checksums: false, remains, max_rate };
     let look = |now| aside(&beside.path, move |top| Found::look(top, now));
     let mut found = look(repository.clock().now()).await?;

@@ -3,7 +3,7 @@
 //! Regions are read and compressed on blocking threads, at most [`IN_FLIGHT_MAX`] at a time, and taken up in the order of
 //! their files, so that a file's frames lie side by side in a pack and a restore can fetch them together.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::sync::Arc;
 
 use tokio::task::JoinSet;
@@ -124,16 +124,18 @@ struct Past {
     pages_since: Option<Lsn>,
     /// Every change of a page has moved its position: without checksums, hints are set behind its back.
     exact: bool,
+    /// Packs that are not named any more.
+    left: Arc<BTreeSet<u32>>,
 }
 
 impl Past {
     fn region(&self, number: u64, birth: Option<&str>) -> Option<Known> {
         let same_file = birth.is_some() && birth == self.entry.birth.as_deref();
-        Some(Known {
-            region: self.entry.regions.get(usize::try_from(number).ok()?)?.clone(),
-            pages_since: self.pages_since,
-            may_patch: self.exact && same_file,
-        })
+        let region = self.entry.regions.get(usize::try_from(number).ok()?)?;
+        if region.is_in_any(&self.left) {
+            return None;
+        }
+        Some(Known { region: region.clone(), pages_since: self.pages_since, may_patch: self.exact && same_file })
     }
 }
 
@@ -179,9 +181,10 @@ impl<'a> Copy<'a> {
 
     async fn file(&mut self, file: &FileItem, outside: Option<String>, mark: Option<String>) -> Result<()> {
         let entry = FileEntry { mark, ..self.entry(file, outside) };
-        if let Some(past) = self.parent.as_ref().and_then(|parent| parent.file(&file.path))
+        if let Some((parent, past)) = self.parent.as_ref().and_then(|parent| Some((parent, parent.file(&file.path)?)))
             && past.mark.is_some()
             && past.mark == entry.mark
+            && !past.regions.iter().any(|region| region.is_in_any(&parent.left))
         {
             let (size, regions) = (past.size, past.regions.clone());
             return self.push(Part::Known(FileEntry { size, regions, ..entry })).await;
@@ -245,6 +248,7 @@ impl<'a> Copy<'a> {
             entry: parent.file(&file.path)?.clone(),
             pages_since: file.pages_have_lsn.then_some(parent.start),
             exact: parent.exact && self.task.data_checksums,
+            left: Arc::clone(&parent.left),
         })
     }
 

@@ -6,12 +6,15 @@
 
 pub mod beside;
 mod copy;
+#[cfg(test)]
+mod many_increments;
 mod parent;
-mod rate;
 #[cfg(test)]
 mod random_histories;
+mod rate;
 mod region;
 pub mod remains;
+mod sparse;
 mod wait;
 mod workers;
 
@@ -129,8 +132,7 @@ pub async fn run(repository: &Repository, options: &Options, events: &Events) ->
         system_id: server.system_id,
     };
     wait::for_wal(repository, &needed, options.wal_timeout, events).await?;
-    let head =
-        commit(repository, &task, (&server, &control), &walk, (copied, built_on), (started_at, stopped)).await?;
+    let head = commit(repository, &task, (&server, &control), &walk, (copied, built_on), (started_at, stopped)).await?;
     let elapsed = repository.clock().monotonic() - began;
     events.emit(Event::BackupDone { id, read: head.bytes, stored: head.stored, elapsed });
     Ok(Done { head, elapsed, failed })
@@ -148,7 +150,7 @@ async fn besides(
     for directory in &options.beside {
         // What an application has put there of a commit, it has put there after the commit.
         let position = async || Ok((client.inserted().await?, client.now().await?));
-        let means = beside::Means { remains: task.remains, max_rate: task.max_rate };
+        let means = beside::Means { remains: task.remains, max_rate: task.max_rate, leaves_sparse_packs: true };
         match beside::take(task.repository, directory, (place, means), position, events).await {
             Ok(_) => (),
             Err(error) if error.kind() == Kind::Fenced => return Err(error),
@@ -168,7 +170,14 @@ async fn find_parent(
     server_started: Timestamp,
     events: &Events,
 ) -> Result<Option<Parent>> {
-    match Parent::find(repository, descent, server_started).await {
+    let found = async {
+        let mut parent = Parent::find(repository, descent, server_started).await?;
+        if let Some(parent) = &mut parent {
+            parent.leave_sparse_packs(repository).await?;
+        }
+        Ok::<_, Error>(parent)
+    };
+    match found.await {
         Err(error) if error.kind() == Kind::Damaged => {
             events.warning(format!("the last backup cannot be built on, everything is stored anew: {error}"));
             Ok(None)

@@ -1,7 +1,11 @@
 //! The backup that a new one builds on: what has not changed since is not stored again.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
+use std::sync::Arc;
 
+use futures::TryStreamExt;
+
+use super::sparse::{self, Used};
 use crate::error::Result;
 use crate::model::{BackupId, Generation, Lsn, PackId, SystemId, Timeline, Timestamp};
 use crate::repository::manifest::{BackupHead, FileEntry, Line, REGION};
@@ -28,6 +32,8 @@ pub struct Parent {
     /// tools may change pages in place (pg_checksums, pg_rewind).
     pub exact: bool,
     pub packs: Vec<PackId>,
+    /// Numbers of packs that are not named any more, though they have something: little of them is used.
+    pub left: Arc<BTreeSet<u32>>,
     files: HashMap<String, FileEntry>,
 }
 
@@ -59,6 +65,7 @@ impl Parent {
             start: head.start_lsn,
             exact: false,
             packs: Vec::new(),
+            left: Arc::default(),
             files: HashMap::new(),
         };
         let mut broken = false;
@@ -77,7 +84,8 @@ impl Parent {
     /// A snapshot of a directory beside the database.
     pub async fn beside(repository: &Repository, head: &BesideHead) -> Result<Parent> {
         let (id, start) = (head.backup_id, head.lsn);
-        let mut parent = Parent { id, full_at: None, start, exact: false, packs: Vec::new(), files: HashMap::new() };
+        let none = super::copy::Copied::default();
+        let mut parent = Parent { exact: false, ..Parent::of(id, start, &none) };
         let (mut broken, key) = (false, head.key());
         repository
             .read_beside(&key, |line| {
@@ -108,7 +116,31 @@ impl Parent {
     /// What was just copied.
     pub fn of(id: BackupId, start: Lsn, copied: &super::copy::Copied) -> Parent {
         let files = copied.files.iter().map(|file| (file.path.clone(), file.clone())).collect();
-        Parent { id, full_at: None, start, exact: true, packs: copied.packs.clone(), files }
+        Parent { id, full_at: None, start, exact: true, packs: copied.packs.clone(), left: Arc::default(), files }
+    }
+
+    /// Decides which packs are left behind: what they have is as if the last backup did not have it.
+    pub async fn leave_sparse_packs(&mut self, repository: &Repository) -> Result<()> {
+        let mut used: HashMap<PackId, Used> = self.packs.iter().map(|pack| (*pack, Used::default())).collect();
+        let mut listing = repository.packs();
+        while let Some((id, entry)) = listing.try_next().await? {
+            if let Some(pack) = used.get_mut(&id) {
+                pack.size = entry.size;
+            }
+        }
+        let mut used: Vec<Used> = self.packs.iter().map(|pack| used.get(pack).copied().unwrap_or_default()).collect();
+        let mut total = 0;
+        for region in self.files.values().flat_map(|file| &file.regions) {
+            let anew = region.frames().map(|frame| u64::from(frame.stored)).sum::<u64>().min(region.plain.into());
+            total += anew;
+            for number in region.frames().map(|frame| frame.pack).collect::<BTreeSet<_>>() {
+                if let Some(pack) = used.get_mut(number as usize) {
+                    pack.anew += anew;
+                }
+            }
+        }
+        self.left = Arc::new(sparse::left_behind(&used, total));
+        Ok(())
     }
 
     pub fn file(&self, path: &str) -> Option<&FileEntry> {

@@ -136,11 +136,11 @@ fn item(directory: &Path, path: &str) -> FileItem {
     }
 }
 
-fn task<'a>(repository: &'a Repository, id: BackupId, start: Lsn, remains: &'a Remains) -> Task<'a> {
+pub fn task<'a>(repository: &'a Repository, id: BackupId, start: Lsn, remains: &'a Remains) -> Task<'a> {
     Task { repository, id, start, data_checksums: true, remains: Some(remains), max_rate: None }
 }
 
-async fn content(repository: &Repository, copied: &Copied, file: &FileEntry) -> Vec<u8> {
+pub async fn content(repository: &Repository, copied: &Copied, file: &FileEntry) -> Vec<u8> {
     let mut all = Vec::new();
     for region in &file.regions {
         all.extend(region_content(repository, copied, region).await);
