@@ -34,3 +34,7 @@ pub mod run;
 
 // L5: the command line
 pub mod cli;
+
+#[cfg(test)]
+#[path = "../tests/support/chance.rs"]
+mod chance;

@@ -7,11 +7,12 @@ use std::path::Path;
 
 use super::copy::{self, Copied, Task};
 use super::parent::Parent;
+use super::remains::Remains;
 use super::{check_newest, still_there};
 use crate::disk::{self, UncachedFile};
 use crate::error::{Error, IoContext, Kind, Result};
 use crate::events::Events;
-use crate::model::{BackupId, Beside, Generation, Lsn, Timeline, Timestamp, WriteId, human_bytes};
+use crate::model::{BackupId, Beside, ByteSize, Generation, Lsn, Timeline, Timestamp, WriteId, human_bytes};
 use crate::postgres::data_dir::FileItem;
 use crate::repository::manifest::{Directory, Line, Lines, LinesWriter, Link};
 use crate::repository::{BesideHead, Repository, SET_ASIDE, UNFINISHED};
@@ -32,12 +33,22 @@ pub struct Place {
     pub timeline: Timeline,
 }
 
+/// What a snapshot has of the backup that it is taken with.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Means<'a> {
+    /// They may be named as long as that backup is under way.
+    pub remains: Option<&'a Remains>,
+    pub max_rate: Option<ByteSize>,
+    /// Whether packs of which little is used are left behind: it takes time, which a stop does not have.
+    pub leaves_sparse_packs: bool,
+}
+
 /// Takes a snapshot. `position` tells, once the directory has been read, where WAL is and what time. `None` when there is
 /// nothing in the directory.
 pub async fn take(
     repository: &Repository,
     beside: &Beside,
-    place: Place,
+    (place, means): (Place, Means<'_>),
     position: impl AsyncFn() -> Result<(Lsn, Timestamp)>,
     events: &Events,
 ) -> Result<Option<BesideHead>> {
@@ -53,8 +64,12 @@ pub async fn take(
         }
         found => found?,
     };
+    if let Some(parent) = parent.as_mut().filter(|_| means.leaves_sparse_packs) {
+        parent.leave_sparse_packs(repository).await?;
+    }
     let built_on = parent.as_ref().map(|parent| parent.id);
-    let task = Task { repository, id: place.backup, start: Lsn(0), data_checksums: false };
+    let Means { remains, max_rate, .. } = means;
+    let task = Task { repository, id: place.backup, start: Lsn(0), data_checksums: false, remains, max_rate };
     let look = |now| aside(&beside.path, move |top| Found::look(top, now));
     let mut found = look(repository.clock().now()).await?;
     let (mut stored, mut pass) = (0, 1);

@@ -3,7 +3,7 @@
 //! Regions are read and compressed on blocking threads, at most [`IN_FLIGHT_MAX`] at a time, and taken up in the order of
 //! their files, so that a file's frames lie side by side in a pack and a restore can fetch them together.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::sync::Arc;
 
 use tokio::task::JoinSet;
@@ -11,12 +11,14 @@ use tokio::task::JoinSet;
 use super::UPLOADS;
 use super::changes::FileChanges;
 use super::parent::Parent;
+use super::rate::Rate;
 use super::region::{self, Content, Job, Known, Packed, Read};
+use super::remains::Remains;
 use super::workers::{Answer, Workers, answer};
 use crate::disk::UncachedFile;
 use crate::error::{Error, Result};
 use crate::events::{Event, Events};
-use crate::model::{BackupId, Lsn, PackId, WriteId};
+use crate::model::{BackupId, ByteSize, Lsn, PackId, WriteId};
 use crate::postgres::control_file::{CONTROL_FILE, CONTROL_FILE_SIZE};
 use crate::postgres::data_dir::{FileItem, Walk};
 use crate::postgres::{ControlFile, Version};
@@ -45,6 +47,9 @@ pub struct Task<'a> {
     pub id: BackupId,
     pub start: Lsn,
     pub data_checksums: bool,
+    pub remains: Option<&'a Remains>,
+    /// Bytes a second that may be read.
+    pub max_rate: Option<ByteSize>,
 }
 
 /// What the copy came to.
@@ -53,8 +58,9 @@ pub struct Copied {
     pub files: Vec<FileEntry>,
     /// All that are needed: new ones, and those of the last backup that have what has not changed.
     pub packs: Vec<PackId>,
-    /// Bytes of the new ones.
+    /// Bytes of the new ones, and of frames that a backup which was cut off had put already.
     pub stored: u64,
+    pub found: u64,
     /// Bytes that were not read.
     pub unread: u64,
     pub damaged: Vec<DamagedPage>,
@@ -123,13 +129,19 @@ struct Past {
     exact: bool,
     /// What WAL says has changed, if it does.
     changes: Option<FileChanges>,
+    /// Packs that are not named any more.
+    left: Arc<BTreeSet<u32>>,
 }
 
 impl Past {
     fn region(&self, number: u64, birth: Option<&str>) -> Option<Known> {
         let same_file = birth.is_some() && birth == self.entry.birth.as_deref();
+        let region = self.entry.regions.get(usize::try_from(number).ok()?)?;
+        if region.is_in_any(&self.left) {
+            return None;
+        }
         Some(Known {
-            region: self.entry.regions.get(usize::try_from(number).ok()?)?.clone(),
+            region: region.clone(),
             pages_since: self.pages_since,
             may_patch: self.exact && same_file,
             untouched: self.changes.as_ref().is_some_and(|changes| changes.is_untouched(number)),
@@ -147,6 +159,7 @@ struct Copy<'a> {
     queue: VecDeque<Part>,
     workers: Workers,
     in_flight: usize,
+    rate: Option<Rate>,
     copied: Copied,
     pack: Option<PackBuilder>,
     uploads: JoinSet<Result<()>>,
@@ -166,6 +179,7 @@ impl<'a> Copy<'a> {
             owners: HashMap::new(),
             queue: VecDeque::new(),
             in_flight: in_flight(),
+            rate: task.max_rate.and_then(Rate::new),
             copied: Copied::default(),
             pack: None,
             uploads: JoinSet::new(),
@@ -177,9 +191,10 @@ impl<'a> Copy<'a> {
 
     async fn file(&mut self, file: &FileItem, outside: Option<String>, mark: Option<String>) -> Result<()> {
         let entry = FileEntry { mark, ..self.entry(file, outside) };
-        if let Some(past) = self.parent.as_ref().and_then(|parent| parent.file(&file.path))
+        if let Some((parent, past)) = self.parent.as_ref().and_then(|parent| Some((parent, parent.file(&file.path)?)))
             && past.mark.is_some()
             && past.mark == entry.mark
+            && !past.regions.iter().any(|region| region.is_in_any(&parent.left))
         {
             let (size, regions) = (past.size, past.regions.clone());
             return self.push(Part::Known(FileEntry { size, regions, ..entry })).await;
@@ -199,6 +214,9 @@ impl<'a> Copy<'a> {
         while offset < size {
             let length = (size - offset).min(REGION) as usize;
             let known = past.as_ref().and_then(|past| past.region(offset / REGION, birth.as_deref()));
+            if known.as_ref().is_none_or(|known| known.unread(length).is_none()) {
+                self.may_read(length as u64).await;
+            }
             let job = self.job(Arc::clone(&open), file, offset, length, known);
             let read = self.workers.run(move || region::read(&job));
             self.push(Part::Region(read)).await?;
@@ -220,8 +238,19 @@ impl<'a> Copy<'a> {
             let job = Job { file: Arc::new(open), offset: 0, length, first_block, start, codec, known };
             Ok(Some((region::read(&job)?, birth)))
         };
+        self.may_read(file.size).await;
         let read = self.workers.run(work);
         self.push(Part::Whole(entry, read)).await
+    }
+
+    /// Waits until so many bytes may be read.
+    async fn may_read(&mut self, bytes: u64) {
+        let Some(rate) = &mut self.rate else { return };
+        let clock = self.task.repository.clock();
+        let wait = rate.wait(bytes, clock.monotonic());
+        if !wait.is_zero() {
+            clock.sleep(wait).await;
+        }
     }
 
     /// The file as the last backup has it.
@@ -232,6 +261,7 @@ impl<'a> Copy<'a> {
             pages_since: file.pages_have_lsn.then_some(parent.start),
             exact: parent.exact && self.task.data_checksums,
             changes: parent.changes_of(file),
+            left: Arc::clone(&parent.left),
         })
     }
 
@@ -341,32 +371,37 @@ impl<'a> Copy<'a> {
         for frame in frames {
             let pack = self.parent.as_ref().and_then(|parent| parent.packs.get(frame.pack as usize)).copied();
             let Some(pack) = pack else { return Err(Error::internal("a region of the last backup without a pack")) };
-            let next = self.copied.packs.len() as u32;
-            frame.pack = *self.numbers.entry(pack).or_insert(next);
-            if frame.pack == next {
-                self.copied.packs.push(pack);
-            }
+            frame.pack = self.number(pack);
         }
         Ok(region)
     }
 
+    /// The place of a pack in the list.
+    fn number(&mut self, pack: PackId) -> u32 {
+        let next = self.copied.packs.len() as u32;
+        let number = *self.numbers.entry(pack).or_insert(next);
+        if number == next {
+            self.copied.packs.push(pack);
+        }
+        number
+    }
+
     async fn add_to_pack(&mut self, packed: Packed) -> Result<FrameRef> {
+        let (stored, sha256) = (packed.frame.len() as u32, packed.sha256);
+        if let Some(there) = self.task.remains.and_then(|remains| remains.find(&sha256, stored)) {
+            self.copied.found += u64::from(stored);
+            return Ok(FrameRef { pack: self.number(there.pack), offset: there.offset, stored, sha256 });
+        }
         let mut pack = match self.pack.take() {
             Some(pack) => pack,
             None => {
                 let clock = self.task.repository.clock();
-                let pack = PackBuilder::new(PackId(clock.random()), WriteId(clock.random()), self.task.id)?;
-                self.numbers.insert(pack.id, self.copied.packs.len() as u32);
-                self.copied.packs.push(pack.id);
-                pack
+                PackBuilder::new(PackId(clock.random()), WriteId(clock.random()), self.task.id)?
             }
         };
-        let Some(number) = self.numbers.get(&pack.id).copied() else {
-            return Err(Error::internal("a pack without a number"));
-        };
-        let (stored, sha256) = (packed.frame.len() as u32, packed.sha256);
+        let pack_number = self.number(pack.id);
         let offset = pack.add(packed.frame, sha256);
-        let frame = FrameRef { pack: number, offset, stored, sha256 };
+        let frame = FrameRef { pack: pack_number, offset, stored, sha256 };
         if pack.is_full() {
             self.upload(pack).await?;
         } else {

@@ -7,10 +7,15 @@
 pub mod beside;
 mod changes;
 mod copy;
+#[cfg(test)]
+mod many_increments;
 mod parent;
 #[cfg(test)]
 mod random_histories;
+mod rate;
 mod region;
+pub mod remains;
+mod sparse;
 mod summaries;
 mod wait;
 mod workers;
@@ -21,7 +26,7 @@ use std::time::Duration;
 use crate::disk;
 use crate::error::{Error, IoContext, Kind, Result};
 use crate::events::{Event, Events, Level};
-use crate::model::{BackupId, Beside, Generation, Lsn, PackId, Timestamp, WriteId};
+use crate::model::{BackupId, Beside, ByteSize, Generation, Lsn, PackId, Timestamp, WriteId, human_bytes};
 use crate::postgres::client::{Server, Stopped, same_directory};
 use crate::postgres::data_dir::{self, FileItem, Item, Walk};
 use crate::postgres::{Client, ConnectOptions, ControlFile};
@@ -29,12 +34,15 @@ use crate::repository::Repository;
 use crate::repository::manifest::{
     BackupHead, Database, Directory, Line, Lines, LinesWriter, Link, REGION, Tablespace,
 };
+use crate::storage::Body;
 
 use copy::Copied;
 use parent::{Descent, Parent};
+use remains::Remains;
 
 /// Packs on their way at once. Memory budget of a backup, under 128 MB: one pack being filled and these, 48 MB, and up
-/// to [`copy::IN_FLIGHT_MAX`] threads with 5 MB each.
+/// to [`copy::IN_FLIGHT_MAX`] threads with 5 MB each; after one that was cut off also what that has left ([`remains`]), 36 MB at
+/// most. What the last backup has of each region comes on top, about 100 bytes for each megabyte of files.
 pub const UPLOADS: usize = 2;
 
 #[derive(Debug, Clone)]
@@ -49,6 +57,8 @@ pub struct Options {
     pub fail_on_damage: bool,
     /// Store everything anew instead of building on the last backup.
     pub full: bool,
+    /// Bytes a second that are read at most; what is sent is less of it, in packs of 16 MB. `None`: as fast as it goes.
+    pub max_rate: Option<ByteSize>,
     /// How long to wait for the backup's WAL to reach the repository.
     pub wal_timeout: Duration,
     /// Directories beside the database, of which a snapshot goes with it.
@@ -92,10 +102,11 @@ pub async fn run(repository: &Repository, options: &Options, events: &Events) ->
     };
     // The server's checkpoint takes a while: the repository is looked at meanwhile.
     let looked = async {
-        tokio::try_join!(check_newest(repository, options.generation), look(control.timeline)).map(|(_, parent)| parent)
+        let newest = check_newest(repository, options.generation);
+        tokio::try_join!(newest, look(control.timeline), remains::since(repository))
     };
     let began_there = client.start_backup(server.version, "perennial", options.fast);
-    let (start, parent) = tokio::try_join!(began_there, looked)?;
+    let (start, ((), parent, since)) = tokio::try_join!(began_there, looked)?;
     // After a promotion the timeline shows there only with the next checkpoint: the one that has just been made.
     let before = control.timeline;
     let control = ControlFile::read(&options.data_dir, server.version)?;
@@ -105,17 +116,22 @@ pub async fn run(repository: &Repository, options: &Options, events: &Events) ->
 
     let now = summaries::Moment::beginning(&control, start, server_started);
     let clock_and_events = (repository.clock(), events);
-    let (outside, (), every_page) =
-        tokio::try_join!(outside_files(&client, &options.data_dir), repository.backup_begins(id), async {
+    let announced = Remains::announce(repository, id, since, events);
+    let (outside, remains, every_page) =
+        tokio::try_join!(outside_files(&client, &options.data_dir), announced, async {
             Ok(summaries::ask(&client, server.version, parent.as_mut(), &now, clock_and_events).await)
         })?;
     let walk = data_dir::walk(&options.data_dir, server.version, control.catalog_version)?;
     announce(events, id, start, &walk);
-    let task = copy::Task { repository, id, start, data_checksums: control.data_checksums };
-    let parent_id = parent.as_ref().map(|parent| parent.id);
+    let (data_checksums, max_rate) = (control.data_checksums, options.max_rate);
+    let task = copy::Task { repository, id, start, data_checksums, remains: Some(&remains), max_rate };
+    let built_on = parent.as_ref().map(|parent| (parent.id, parent.full_at));
     let copied = copy::run(&task, &walk, &outside, parent, server.version, events).await?;
+    if copied.found > 0 {
+        events.info(format!("{} were there already, of a backup that did not end", human_bytes(copied.found)));
+    }
     let place = beside::Place { backup: id, generation: id.generation, timeline: control.timeline };
-    let failed = besides(repository, options, place, &client, events).await?;
+    let failed = besides(&task, options, place, &client, events).await?;
     let databases = client.databases().await?;
     let stopped = client.stop_backup(server.version).await?;
     // The session must live until the stop: a backup ends with the session that began it.
@@ -137,7 +153,7 @@ pub async fn run(repository: &Repository, options: &Options, events: &Events) ->
         &task,
         (&server, &control),
         (&walk, databases),
-        (copied, parent_id),
+        (copied, built_on),
         (started_at, server_started, stopped),
     )
     .await?;
@@ -149,7 +165,7 @@ pub async fn run(repository: &Repository, options: &Options, events: &Events) ->
 
 /// Snapshots of what lies beside the database. A directory that cannot be read is no reason to have no backup.
 async fn besides(
-    repository: &Repository,
+    task: &copy::Task<'_>,
     options: &Options,
     place: beside::Place,
     client: &Client,
@@ -159,7 +175,8 @@ async fn besides(
     for directory in &options.beside {
         // What an application has put there of a commit, it has put there after the commit.
         let position = async || Ok((client.inserted().await?, client.now().await?));
-        match beside::take(repository, directory, place, position, events).await {
+        let means = beside::Means { remains: task.remains, max_rate: task.max_rate, leaves_sparse_packs: true };
+        match beside::take(task.repository, directory, (place, means), position, events).await {
             Ok(_) => (),
             Err(error) if error.kind() == Kind::Fenced => return Err(error),
             Err(error) => {
@@ -178,7 +195,14 @@ async fn find_parent(
     server_started: Timestamp,
     events: &Events,
 ) -> Result<Option<Parent>> {
-    match Parent::find(repository, descent, server_started).await {
+    let found = async {
+        let mut parent = Parent::find(repository, descent, server_started).await?;
+        if let Some(parent) = &mut parent {
+            parent.leave_sparse_packs(repository).await?;
+        }
+        Ok::<_, Error>(parent)
+    };
+    match found.await {
         Err(error) if error.kind() == Kind::Damaged => {
             events.warning(format!("the last backup cannot be built on, everything is stored anew: {error}"));
             Ok(None)
@@ -281,7 +305,7 @@ async fn commit(
     task: &copy::Task<'_>,
     (server, control): (&Server, &ControlFile),
     (walk, databases): (&Walk, Vec<(u32, String)>),
-    (copied, parent): (Copied, Option<BackupId>),
+    (copied, built_on): (Copied, Option<(BackupId, Option<Timestamp>)>),
     (started_at, server_started, stopped): (Timestamp, Timestamp, Stopped),
 ) -> Result<BackupHead> {
     let mut writer = LinesWriter::new(repository.descriptor().codec);
@@ -334,17 +358,34 @@ async fn commit(
         bytes,
         stored: copied.stored,
         packs: copied.packs.len() as u64,
-        parent,
+        parent: built_on.map(|(parent, _)| parent),
+        full_at: built_on.map_or(Some(started_at), |(_, full_at)| full_at),
         damaged: copied.damaged,
         damaged_pages: copied.damaged_pages,
         lines: Lines::none(),
     };
     let (head, body) = head.with(writer)?;
-    tokio::try_join!(check_newest(repository, task.id.generation), still_there(repository, parent, &copied.packs))?;
-    repository.put_manifest(task.id, &body).await?;
-    // Left behind it does no harm: the backup exists.
-    let _ = repository.backup_ended(task.id).await;
+    make_visible(repository, &head, &body, &copied.packs).await?;
     Ok(head)
+}
+
+/// Puts the manifest, once all that it names is there to stay.
+pub(crate) async fn make_visible(
+    repository: &Repository,
+    head: &BackupHead,
+    body: &Body,
+    packs: &[PackId],
+) -> Result<()> {
+    let id = head.backup_id;
+    tokio::try_join!(check_newest(repository, id.generation), still_there(repository, head.parent, packs))?;
+    repository.put_manifest(id, body).await?;
+    if repository.has_tombstone(id).await? {
+        return Err(Error::refused(format!("backup {id} was taken for dead, and deleted, before it was done"))
+            .hint("one that takes longer than a week is; if no other machine has taken over, take it again"));
+    }
+    // Left behind it does no harm: the backup exists.
+    let _ = repository.backup_ended(id).await;
+    Ok(())
 }
 
 async fn check_newest(repository: &Repository, generation: Generation) -> Result<()> {

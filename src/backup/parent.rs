@@ -1,9 +1,12 @@
 //! The backup that a new one builds on: what has not changed since is not stored again.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 
+use futures::TryStreamExt;
+
 use super::changes::{Changes, FileChanges};
+use super::sparse::{self, Used};
 use crate::error::Result;
 use crate::model::{BackupId, Generation, Lsn, PackId, SystemId, Timeline, Timestamp};
 use crate::postgres::data_dir::FileItem;
@@ -23,6 +26,8 @@ pub struct Descent {
 #[derive(Debug)]
 pub struct Parent {
     pub id: BackupId,
+    /// When the last full backup began that it builds on.
+    pub full_at: Option<Timestamp>,
     /// Pages that were changed since carry this position or a later one.
     pub start: Lsn,
     /// Every change of a page since then has moved its LSN: checksums were on, and the server has not been down since, when
@@ -33,6 +38,8 @@ pub struct Parent {
     /// What has changed since, if WAL tells.
     pub changes: Option<Arc<Changes>>,
     pub packs: Vec<PackId>,
+    /// Numbers of packs that are not named any more, though they have something: little of them is used.
+    pub left: Arc<BTreeSet<u32>>,
     files: HashMap<String, FileEntry>,
 }
 
@@ -59,7 +66,7 @@ impl Parent {
     }
 
     async fn read(repository: &Repository, head: Box<BackupHead>) -> Result<Parent> {
-        let mut parent = Parent::new(head.backup_id, head.start_lsn);
+        let mut parent = Parent { full_at: head.full_at, ..Parent::new(head.backup_id, head.start_lsn) };
         let mut broken = false;
         repository
             .read_manifest(parent.id, |line| {
@@ -74,8 +81,17 @@ impl Parent {
     }
 
     fn new(id: BackupId, start: Lsn) -> Parent {
-        let (packs, files) = (Vec::new(), HashMap::new());
-        Parent { id, start, exact: false, head: None, changes: None, packs, files }
+        Parent {
+            id,
+            full_at: None,
+            start,
+            exact: false,
+            head: None,
+            changes: None,
+            packs: Vec::new(),
+            left: Arc::default(),
+            files: HashMap::new(),
+        }
     }
 
     /// A snapshot of a directory beside the database.
@@ -121,6 +137,30 @@ impl Parent {
             return None;
         }
         self.changes.as_ref()?.of(file)
+    }
+
+    /// Decides which packs are left behind: what they have is as if the last backup did not have it.
+    pub async fn leave_sparse_packs(&mut self, repository: &Repository) -> Result<()> {
+        let mut used: HashMap<PackId, Used> = self.packs.iter().map(|pack| (*pack, Used::default())).collect();
+        let mut listing = repository.packs();
+        while let Some((id, entry)) = listing.try_next().await? {
+            if let Some(pack) = used.get_mut(&id) {
+                pack.size = entry.size;
+            }
+        }
+        let mut used: Vec<Used> = self.packs.iter().map(|pack| used.get(pack).copied().unwrap_or_default()).collect();
+        let mut total = 0;
+        for region in self.files.values().flat_map(|file| &file.regions) {
+            let anew = region.frames().map(|frame| u64::from(frame.stored)).sum::<u64>().min(region.plain.into());
+            total += anew;
+            for number in region.frames().map(|frame| frame.pack).collect::<BTreeSet<_>>() {
+                if let Some(pack) = used.get_mut(number as usize) {
+                    pack.anew += anew;
+                }
+            }
+        }
+        self.left = Arc::new(sparse::left_behind(&used, total));
+        Ok(())
     }
 
     pub fn file(&self, path: &str) -> Option<&FileEntry> {

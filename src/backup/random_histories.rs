@@ -8,8 +8,11 @@ use std::sync::Arc;
 use super::changes::{BLOCKS, Changes};
 use super::copy::{self, Copied, Task};
 use super::parent::Parent;
+use super::remains::{self, Remains};
+use crate::chance::Chance;
 use crate::clock::Clock;
 use crate::disk::UncachedFile;
+use crate::events::Events;
 use crate::model::{BackupId, Generation, Lsn};
 use crate::postgres::data_dir::FileItem;
 use crate::postgres::page::{self, PAGE};
@@ -22,11 +25,6 @@ use crate::storage::{Adapter, Store};
 
 const SEEDS: u64 = 60;
 const BACKUPS: usize = 7;
-
-#[path = "../../tests/support/chance.rs"]
-mod chance;
-
-use chance::Chance;
 
 /// A relation's file and its map, as pages; and where WAL is.
 struct Disk {
@@ -148,6 +146,17 @@ impl Disk {
     }
 }
 
+impl Disk {
+    /// A backup begins: what it is to read, who it is and where in WAL.
+    fn begin(&mut self, directory: &Path, nonce: u16) -> (Vec<(FileItem, Option<String>)>, BackupId, Lsn) {
+        self.write(directory);
+        self.lsn += 8;
+        let start = Lsn(self.lsn);
+        let items = self.files.keys().map(|path| (item(directory, path), None)).collect();
+        (items, BackupId { generation: Generation(1), start, nonce }, start)
+    }
+}
+
 fn item(directory: &Path, path: &str) -> FileItem {
     let source = directory.join(path);
     let size = std::fs::metadata(&source).expect("there").len();
@@ -164,7 +173,11 @@ fn item(directory: &Path, path: &str) -> FileItem {
     }
 }
 
-async fn content(repository: &Repository, copied: &Copied, file: &FileEntry) -> Vec<u8> {
+pub fn task<'a>(repository: &'a Repository, id: BackupId, start: Lsn, remains: &'a Remains) -> Task<'a> {
+    Task { repository, id, start, data_checksums: true, remains: Some(remains), max_rate: None }
+}
+
+pub async fn content(repository: &Repository, copied: &Copied, file: &FileEntry) -> Vec<u8> {
     let mut all = Vec::new();
     for region in &file.regions {
         all.extend(region_content(repository, copied, region).await);
@@ -199,9 +212,20 @@ struct Sum {
     bytes: u64,
     stored: u64,
     patched: usize,
-    /// Backups that were cut off.
+    /// Backups that were cut off, and bytes of theirs that the next ones have named.
     died: usize,
     unread: u64,
+    found: u64,
+}
+
+/// What nobody names goes.
+async fn prune(repository: &Repository, kept: &[(Copied, BTreeMap<String, Vec<u8>>)]) {
+    let marked: std::collections::BTreeSet<_> = kept.iter().flat_map(|(copied, _)| &copied.packs).collect();
+    for pack in repository.pack_ids().await.expect("listed") {
+        if !marked.contains(&pack) {
+            repository.store().delete(&crate::repository::layout::pack(pack)).await.expect("deleted");
+        }
+    }
 }
 
 async fn live(seed: u64) -> Sum {
@@ -222,29 +246,47 @@ async fn live(seed: u64) -> Sum {
             let path = paths[disk.chance.below(3) as usize];
             disk.change(path);
         }
-        disk.write(directory.path());
-        disk.lsn += 8;
-        let start = Lsn(disk.lsn);
-        let id = BackupId { generation: Generation(1), start, nonce: n as u16 };
-        let task = Task { repository: &repository, id, start, data_checksums: true };
-        let items: Vec<_> = disk.files.keys().map(|path| (item(directory.path(), path), None)).collect();
-        let changes = disk.changes();
-        let parent = || {
+        let parent = |changes: Option<Arc<Changes>>| {
             let (id, start, copied) = newest.as_ref()?;
             let mut parent = Parent::of(*id, *start, copied);
-            parent.changes = changes.clone();
+            parent.changes = changes;
             Some(parent)
         };
-        // Now and then it dies before, and is done again: what it has put stays behind, named by nobody.
-        if disk.chance.below(3) == 0 {
-            let (id, lived_for) = (BackupId { nonce: u16::MAX - n as u16, ..id }, disk.chance.below(3) as usize);
+        let mut begun = Vec::new();
+        // Now and then it dies, at once, midway or just before its manifest: what it has put stays behind, named by nobody.
+        for died in 0..[0, 0, 1, 2][disk.chance.below(4) as usize] {
+            let (items, id, start) = disk.begin(directory.path(), u16::MAX - 2 * n as u16 - died);
+            let since = remains::since(&repository).await.expect("looked");
+            let found = Remains::announce(&repository, id, since, &Events::silent()).await.expect("looked");
+            begun.push(id);
+            let lived_for = disk.chance.below(3) as usize;
             faulty.queue(&[vec![Fault::None; lived_for], vec![Fault::Denied; 8]].concat());
-            sum.died += usize::from(copy::files_only(&Task { id, ..task }, &items, parent()).await.is_err());
+            let task = task(&repository, id, start, &found);
+            sum.died +=
+                usize::from(copy::files_only(&task, &items, parent(disk.changes())).await.is_err() || lived_for > 0);
             faulty.forget();
+            // Some of it is written to, and what is left may go, before it is done again.
+            match disk.chance.below(4) {
+                0 => {
+                    let path = paths[disk.chance.below(3) as usize];
+                    disk.change(path);
+                }
+                1 => prune(&repository, &kept).await,
+                _ => (),
+            }
         }
-        let copied = copy::files_only(&task, &items, parent()).await.expect("copied");
+        let (items, id, start) = disk.begin(directory.path(), n as u16);
+        let since = remains::since(&repository).await.expect("looked");
+        assert_eq!(since.is_some(), !begun.is_empty());
+        let found = Remains::announce(&repository, id, since, &Events::silent()).await.expect("looked");
+        let task = task(&repository, id, start, &found);
+        let copied = copy::files_only(&task, &items, parent(disk.changes())).await.expect("copied");
+        for id in begun.into_iter().chain([id]) {
+            repository.backup_ended(id).await.expect("ended");
+        }
         sum.stored += copied.stored;
         sum.unread += copied.unread;
+        sum.found += copied.found;
         let regions = copied.files.iter().flat_map(|file| &file.regions);
         sum.patched += regions.filter(|region| !region.patches.is_empty()).count();
         let files = disk.files.iter().map(|(path, pages)| (path.clone(), pages.concat()));
@@ -263,12 +305,7 @@ async fn live(seed: u64) -> Sum {
         // Old ones go; those that stay need what is theirs.
         if kept.len() > 3 {
             kept.remove(disk.chance.below(3) as usize);
-            let marked: std::collections::BTreeSet<_> = kept.iter().flat_map(|(copied, _)| &copied.packs).collect();
-            for pack in repository.pack_ids().await.expect("listed") {
-                if !marked.contains(&pack) {
-                    repository.store().delete(&crate::repository::layout::pack(pack)).await.expect("deleted");
-                }
-            }
+            prune(&repository, &kept).await;
         }
     }
     sum
@@ -288,10 +325,12 @@ fn every_backup_holds_the_bytes_of_its_moment() {
             patched: sum.patched + life.patched,
             died: sum.died + life.died,
             unread: sum.unread + life.unread,
+            found: sum.found + life.found,
         };
     }
     assert!(sum.bytes > 100 << 20, "too little was looked at: {sum:?}");
     assert!(sum.died > 10, "hardly any backup was cut off: {sum:?}");
+    assert!(sum.found > 50_000, "hardly anything was gone on with: {sum:?}");
     let scratch = tempfile::NamedTempFile::new().expect("a file");
     let tells_birth = UncachedFile::open(scratch.path()).expect("opened").is_some_and(|file| file.birth().is_some());
     assert!(sum.patched > 100 || !tells_birth, "patches were hardly met: {sum:?}");

@@ -56,7 +56,7 @@ pub struct Known {
 
 impl Known {
     /// The region, if it need not be read.
-    fn unread(&self, length: usize) -> Option<&Region> {
+    pub fn unread(&self, length: usize) -> Option<&Region> {
         // What WAL says is of the same file; and what is beyond the length it had then is not in that backup.
         let same = self.untouched && self.may_patch && self.region.plain as usize == length;
         same.then_some(&self.region)

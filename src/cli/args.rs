@@ -159,6 +159,13 @@ pub struct Keep {
     /// How often to take a base backup
     #[arg(long, value_name = "DURATION", value_parser = parse_duration, env = "PERENNIAL_BACKUP_EVERY", hide_env_values = true)]
     pub backup_every: Option<Duration>,
+    /// How old the last full backup may be before the next one stores everything anew instead of building on the last one; 0
+    /// for never [default: 0]
+    #[arg(long, value_name = "DURATION", value_parser = parse_duration, env = "PERENNIAL_FULL_EVERY", hide_env_values = true)]
+    pub full_every: Option<Duration>,
+    /// How many bytes a second a base backup reads at most: 50MB; what it sends is less of it [default: no bound]
+    #[arg(long, value_name = "SIZE", env = "PERENNIAL_MAX_RATE", hide_env_values = true)]
+    pub max_rate: Option<ByteSize>,
     /// Keep a second repository current: a copy in another region, another cloud, on a disk (see `perennial copy`)
     #[arg(long, value_name = "URL", env = "PERENNIAL_ALSO_TO", hide_env_values = true)]
     pub also_to: Option<Location>,
@@ -265,6 +272,9 @@ pub struct Backup {
     /// Spread the first checkpoint instead of hurrying it
     #[arg(long)]
     pub spread_checkpoint: bool,
+    /// How many bytes a second to read at most: 50MB; what is sent is less of it [default: no bound]
+    #[arg(long, value_name = "SIZE", env = "PERENNIAL_MAX_RATE", hide_env_values = true)]
+    pub max_rate: Option<ByteSize>,
     /// Fail when a page's checksum does not hold, instead of reporting it
     #[arg(long)]
     pub fail_on_damage: bool,

@@ -17,6 +17,8 @@ pub struct Config {
     pub rpo: Option<String>,
     pub takeover_after: Option<String>,
     pub backup_every: Option<String>,
+    pub full_every: Option<String>,
+    pub max_rate: Option<String>,
     pub keep_last: Option<u32>,
     pub keep_within: Option<String>,
     pub keep_daily: Option<u32>,

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use crate::clock::Clock;
 use crate::error::{Error, IoContext, Result};
 use crate::events::Events;
-use crate::model::Beside;
+use crate::model::{Beside, ByteSize};
 use crate::repository::vault::{Identities, Vault, no_identity, recipients_of};
 use crate::repository::{Codec, Recipient, Repository};
 use crate::storage::{self, Location, Policy, S3Settings, Scheme, Store, StoreSettings};
@@ -165,6 +165,12 @@ impl Setup {
         let configured = self.config.with.iter();
         let texts = configured.map(|(name, path)| format!("{name}={}", path.display()).parse::<Beside>());
         apart(texts.collect::<std::result::Result<_, _>>()?, data_dir)
+    }
+
+    /// A size as given, or as the configuration file has it.
+    pub fn size(&self, given: Option<ByteSize>, configured: Option<&String>) -> Result<Option<ByteSize>> {
+        let configured = || configured.map(|text| text.parse::<ByteSize>().map_err(Error::from)).transpose();
+        given.map_or_else(configured, |given| Ok(Some(given)))
     }
 
     /// A duration of the configuration file.

@@ -185,5 +185,7 @@ fn record(target: &Repository, generation: Generation, points_from: Lsn) -> Prun
         at: target.clock().now(),
         points_from,
         deleted: Vec::new(),
+        // It deletes nothing; whoever asks is told the most that a prune could.
+        grace_ms: 0,
     }
 }

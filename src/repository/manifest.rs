@@ -64,6 +64,9 @@ pub struct BackupHead {
     /// The backup it was compared with, whose packs it needs too. It stands without it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub parent: Option<BackupId>,
+    /// When the last backup began that has stored everything anew, itself or one that it builds on, one upon the other.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub full_at: Option<Timestamp>,
     /// Pages whose checksum did not hold, at most [`DAMAGED_MAX`] of them, and how many in all.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub damaged: Vec<DamagedPage>,
@@ -114,6 +117,7 @@ pub fn backup_head(generation: u32, timeline: u32, start: u64, stop: u64) -> Bac
         stored: 0,
         packs: 0,
         parent: None,
+        full_at: None,
         damaged: Vec::new(),
         damaged_pages: 0,
         lines: Lines::none(),

@@ -6,20 +6,26 @@
 use std::collections::BTreeSet;
 
 use bytes::Bytes;
-use futures::TryStreamExt;
+use futures::stream::BoxStream;
+use futures::{StreamExt, TryStreamExt};
 use serde::{Deserialize, Serialize};
 
 use super::codec::Sha256;
 use super::{Repository, envelope, layout};
 use crate::error::Result;
 use crate::model::{BackupId, PackId, WriteId};
-use crate::storage::Body;
+use crate::storage::{Body, Entry};
 
 const FORMAT: &str = "perennial/pack/1";
 /// Magic number of the index's frame.
 const INDEX_MAGIC: u32 = 0x184D_2A51;
 /// The last bytes of a pack, after the length of the index's frame.
 const INDEX_END: &[u8; 4] = b"PIDX";
+
+/// An index is read with the last bytes of its pack: this many hold those of nearly all. A longer one costs a second request,
+/// and of one that is longer than the other bound (over ten thousand frames) nobody reads.
+const INDEX_USUAL: u64 = 64 << 10;
+pub const INDEX_MAX: u64 = 1 << 20;
 
 /// A pack is closed once its frames have reached this many bytes. Part of the memory budget: one pack is being filled
 /// while up to [`crate::backup::UPLOADS`] are on their way.
@@ -43,13 +49,16 @@ pub struct FrameRef {
     pub sha256: Sha256,
 }
 
+/// One frame in the index of a pack: where it begins, its length, its hash.
+pub type Indexed = (u64, u32, Sha256);
+
 /// Collects frames until a pack is full.
 #[derive(Debug)]
 pub struct PackBuilder {
     pub id: PackId,
     body: Body,
     length: u64,
-    index: Vec<(u64, u32, Sha256)>,
+    index: Vec<Indexed>,
 }
 
 impl PackBuilder {
@@ -91,10 +100,39 @@ impl Repository {
         self.put_new(&layout::pack(id), body).await
     }
 
-    /// The packs there are.
+    /// The packs there are, as the store lists them.
+    pub fn packs(&self) -> BoxStream<'static, Result<(PackId, Entry)>> {
+        let named = |entry: Entry| layout::parse_pack(&entry.key).map(|id| (id, entry));
+        self.store.list(layout::PACKS, None).try_filter_map(move |entry| std::future::ready(Ok(named(entry)))).boxed()
+    }
+
+    /// Their ids alone.
     pub async fn pack_ids(&self) -> Result<BTreeSet<PackId>> {
-        let listing = self.store.list(layout::PACKS, None);
-        listing.try_filter_map(|entry| std::future::ready(Ok(layout::parse_pack(&entry.key)))).try_collect().await
+        self.packs().map_ok(|(id, _)| id).try_collect().await
+    }
+
+    /// The frames of a pack that was listed with this size, as its own index names them; `None` when it is gone. A pack is put
+    /// in one piece, so one whose index holds is whole.
+    pub async fn pack_index(&self, id: PackId, size: u64) -> Result<Option<Vec<Indexed>>> {
+        let key = layout::pack(id);
+        if size == 0 {
+            return Err(self.corrupt(&key, "it is empty"));
+        }
+        let mut wanted = INDEX_USUAL;
+        loop {
+            let Some(chunk) = self.store.read(&key, size.saturating_sub(wanted)..size).await? else { return Ok(None) };
+            if chunk.object_size != size {
+                return Err(self.corrupt(&key, format!("it is {} bytes long, listed as {size}", chunk.object_size)));
+            }
+            let length = index_length(&chunk.bytes).map_err(|why| self.corrupt(&key, why))?;
+            if length <= chunk.bytes.len() as u64 {
+                return index(&chunk.bytes, length, size).map(Some).map_err(|why| self.corrupt(&key, why));
+            }
+            if length > INDEX_MAX.min(size) || wanted >= length {
+                return Err(self.corrupt(&key, format!("its index is {length} bytes long")));
+            }
+            wanted = length;
+        }
     }
 
     /// A range of a pack that a manifest names.
@@ -106,6 +144,40 @@ impl Repository {
         }
         Ok(chunk.bytes)
     }
+}
+
+/// The length of the index's frame, from the end of a pack.
+fn index_length(end: &[u8]) -> Result<u64, String> {
+    let before = end.strip_suffix(INDEX_END).and_then(|before| before.last_chunk());
+    before
+        .map(|length| u64::from(u32::from_le_bytes(*length)))
+        .ok_or_else(|| "it does not end with an index".to_owned())
+}
+
+/// The index at the end of a pack; says why when it does not describe it.
+fn index(end: &[u8], length: u64, size: u64) -> Result<Vec<Indexed>, String> {
+    let frame = &end[end.len() - length as usize..];
+    let parts = frame.split_first_chunk::<8>().zip(frame.len().checked_sub(12).and_then(|at| frame.get(8..at)));
+    let Some(((head, rest), json)) = parts else { return Err("its index is too short".to_owned()) };
+    let declared = u64::from(u32::from_le_bytes([head[4], head[5], head[6], head[7]])) + 8;
+    if head[..4] != INDEX_MAGIC.to_le_bytes() || declared != length {
+        return Err("its index is not where its end says".to_owned());
+    }
+    if rest[json.len()..json.len() + 4] != crc32c::crc32c(json).to_le_bytes() {
+        return Err("the checksum of its index does not hold".to_owned());
+    }
+    let index: Vec<Indexed> = serde_json::from_slice(json).map_err(|e| format!("its index is not readable: {e}"))?;
+    let mut next = index.first().map_or(size - length, |(offset, ..)| *offset);
+    for (offset, stored, _) in &index {
+        if *offset != next {
+            return Err("its index leaves a gap".to_owned());
+        }
+        next = offset.saturating_add(u64::from(*stored));
+    }
+    if next != size - length {
+        return Err("its index does not describe all of it".to_owned());
+    }
+    Ok(index)
 }
 
 #[cfg(test)]
@@ -127,12 +199,21 @@ mod tests {
         let bytes = body.head(usize::MAX);
         assert_eq!(zstd::stream::decode_all(&bytes[..]).expect("decodes"), b"onetwothree");
 
-        let (trailer, end) = bytes[bytes.len() - 8..].split_at(4);
-        assert_eq!(end, INDEX_END);
-        let length = u32::from_le_bytes(trailer.try_into().expect("four bytes")) as usize;
-        let frame = &bytes[bytes.len() - length..];
-        assert_eq!(frame[..4], INDEX_MAGIC.to_le_bytes());
-        let index: Vec<(u64, u32, Sha256)> = serde_json::from_slice(&frame[8..length - 12]).expect("an index");
-        assert_eq!(index.iter().map(|(offset, _, _)| *offset).collect::<Vec<_>>(), offsets);
+        let size = bytes.len() as u64;
+        let length = index_length(&bytes).expect("an index");
+        let read = |bytes: &[u8]| index(bytes, length, size);
+        let offsets_read: Vec<u64> = read(&bytes).expect("an index").iter().map(|(offset, _, _)| *offset).collect();
+        assert_eq!(offsets_read, offsets);
+        // A flipped bit anywhere in it, or one byte less before it.
+        let begin = bytes.len() - length as usize;
+        for at in begin..bytes.len() - 8 {
+            let mut bad = bytes.clone();
+            bad[at] ^= 1;
+            assert!(read(&bad).is_err(), "byte {at}");
+        }
+        assert!(index(&bytes[begin..], length, size).is_ok());
+        assert!(index(&bytes, length, size - 1).is_err());
+        assert!(index_length(&bytes[..bytes.len() - 1]).is_err());
+        assert!(index_length(b"PIDX").is_err());
     }
 }

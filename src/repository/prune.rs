@@ -3,6 +3,12 @@
 //! Deleting has two phases. A backup that goes gets a tombstone and does not exist any more, but what it needs stays for
 //! a grace period, so that a restore or a backup that is under way elsewhere loses nothing; then its objects go. All
 //! ages are counted by the store's own clock, from one object to another.
+//!
+//! A prune and a backup may each begin while the other is at work. Each first says what it may touch, then looks for the
+//! other: a prune's record says how young a pack it deletes, a backup's announcement how old a pack it names. So at least one
+//! of the two sees the other, whatever happens in between (docs/decisions/0024-what-a-dead-backup-left.md).
+
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
@@ -25,6 +31,9 @@ pub struct PruneRecord {
     pub points_from: Lsn,
     /// Backups that were given a tombstone.
     pub deleted: Vec<BackupId>,
+    /// Packs that no manifest names are not deleted if they are younger than this, counted back from the record.
+    #[serde(default)]
+    pub grace_ms: u64,
 }
 
 /// `backups/<id>/…`: `begun`, `deleted` and pins.
@@ -36,21 +45,32 @@ struct Note {
     at: Timestamp,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     reason: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    packs_since: Option<Timestamp>,
 }
 
 impl Repository {
-    fn note(&self, kind: &str, reason: Option<String>) -> Note {
-        let write_id = WriteId(self.clock.random());
-        Note { kind: format!("perennial/{kind}"), format: 1, write_id, at: self.clock.now(), reason }
+    fn note(&self, kind: &str) -> Note {
+        let (write_id, at) = (WriteId(self.clock.random()), self.clock.now());
+        Note { kind: format!("perennial/{kind}"), format: 1, write_id, at, reason: None, packs_since: None }
     }
 
     async fn put_note(&self, key: &str, note: &Note) -> Result<()> {
         self.store.create(key, &Body::from(document::write(note)?)).await.map(drop)
     }
 
-    /// Says that a backup has begun, before anything of it is uploaded.
-    pub async fn backup_begins(&self, id: BackupId) -> Result<()> {
-        self.put_note(&layout::begun(id), &self.note("begun", None)).await
+    /// Says that a backup has begun, before anything of it is uploaded, and that it may name packs which others have put since
+    /// a moment of the store's clock, though no manifest does.
+    pub async fn backup_begins(&self, id: BackupId, packs_since: Option<Timestamp>) -> Result<()> {
+        self.put_note(&layout::begun(id), &Note { packs_since, ..self.note("begun") }).await
+    }
+
+    /// Since when the packs were put that a backup under way may name, its own and those of others, by the store's clock;
+    /// `None` when it has ended since it was listed.
+    pub async fn packs_since(&self, begun: &Entry) -> Result<Option<Timestamp>> {
+        let Some(bytes) = read_small(self.store(), &begun.key, DOCUMENT_MAX).await? else { return Ok(None) };
+        let note: Note = document::read(&bytes).map_err(|why| self.corrupt(&begun.key, why))?;
+        Ok(Some(note.packs_since.map_or(begun.modified, |since| since.min(begun.modified))))
     }
 
     /// The backup has its manifest, which speaks for its packs from now on.
@@ -60,7 +80,11 @@ impl Repository {
 
     /// From here on the backup does not exist.
     pub async fn put_tombstone(&self, id: BackupId) -> Result<()> {
-        self.put_note(&layout::tombstone(id), &self.note("tombstone", None)).await
+        self.put_note(&layout::tombstone(id), &self.note("tombstone")).await
+    }
+
+    pub async fn has_tombstone(&self, id: BackupId) -> Result<bool> {
+        Ok(read_small(self.store(), &layout::tombstone(id), DOCUMENT_MAX).await?.is_some())
     }
 
     /// The backup exists again: nothing of it has gone yet.
@@ -70,7 +94,7 @@ impl Repository {
 
     /// Keeps a backup whatever the rules say.
     pub async fn pin(&self, id: BackupId, reason: &str) -> Result<()> {
-        let note = self.note("pin", Some(reason.to_owned()));
+        let note = Note { reason: Some(reason.to_owned()), ..self.note("pin") };
         self.put_note(&layout::pin(id, note.write_id), &note).await
     }
 
@@ -94,12 +118,20 @@ impl Repository {
         Ok(note.and_then(|note| note.reason).unwrap_or_default())
     }
 
-    /// Records a prune; returns what the store's clock says of the moment.
-    pub async fn put_prune(&self, record: &PruneRecord) -> Result<Timestamp> {
+    /// Records a prune, before it looks for what can go; as listed, with the store's word of the moment. `None` when another
+    /// prune, that reaches as far, has ended just now and taken it away.
+    pub async fn put_prune(&self, record: &PruneRecord) -> Result<Option<Entry>> {
         let key = layout::prune(record.at, record.write_id);
         self.store.create(&key, &Body::from(document::write(record)?)).await?;
-        let entry = self.prunes().await?.into_iter().find(|entry| entry.key == key);
-        entry.map(|entry| entry.modified).ok_or_else(|| self.missing(&key))
+        Ok(self.prunes().await?.into_iter().find(|entry| entry.key == key))
+    }
+
+    /// Packs that were put up to this moment of the store's clock may be what a prune on record is deleting, if no manifest
+    /// names them; `None` when the record has gone since it was listed.
+    pub async fn prune_reach(&self, record: &Entry) -> Result<Option<Timestamp>> {
+        let Some(bytes) = read_small(self.store(), &record.key, DOCUMENT_MAX).await? else { return Ok(None) };
+        let read: PruneRecord = document::read(&bytes).map_err(|why| self.corrupt(&record.key, why))?;
+        Ok(Some(record.modified.earlier_by(Duration::from_millis(read.grace_ms))))
     }
 
     /// The records of prunes, oldest first.

@@ -304,13 +304,9 @@ impl<'a> View<'a> {
 }
 
 #[cfg(test)]
-#[path = "../../tests/support/chance.rs"]
-mod chance;
-
-#[cfg(test)]
 mod tests {
-    use super::chance::Chance;
     use super::*;
+    use crate::chance::Chance;
     use crate::model::{SystemId, WriteId};
     use crate::repository::log::LogRun;
     use crate::repository::manifest::backup_head as backup;

@@ -1,6 +1,7 @@
 //! A region of a file in a manifest: one frame with all its bytes, and possibly patches, frames with just the pages that
 //! changed since.
 
+use std::collections::BTreeSet;
 use std::fmt;
 
 use serde::de::{self, SeqAccess, Visitor};
@@ -88,6 +89,11 @@ impl Region {
     /// All frames it needs.
     pub fn frames(&self) -> impl Iterator<Item = FrameRef> + '_ {
         std::iter::once(self.frame).chain(self.patches.iter().map(|patch| patch.frame))
+    }
+
+    /// Whether something of it is in any of these packs.
+    pub fn is_in_any(&self, packs: &BTreeSet<u32>) -> bool {
+        !packs.is_empty() && self.frames().any(|frame| packs.contains(&frame.pack))
     }
 
     /// Whether its patches fit: they only replace whole pages that it has.

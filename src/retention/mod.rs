@@ -14,11 +14,14 @@ use crate::error::{Error, Kind, Result};
 use crate::events::{Event, Events};
 use crate::model::{BackupId, Generation, Lsn, Timestamp, WriteId};
 use crate::repository::{PruneRecord, Repository};
-use crate::storage::{Refused, delete_if_allowed};
+use crate::storage::{Entry, Refused, delete_if_allowed};
 
 use census::Census;
 
 pub use policy::{Keep, Reason, Verdict};
+
+/// A prune tries this many times to be on record.
+const RECORDS: u32 = 5;
 
 #[derive(Debug, Clone)]
 pub struct Options {
@@ -63,6 +66,9 @@ pub async fn prune(repository: &Repository, options: &Options, events: &Events) 
         return Err(Error::usage("no rule says what to keep")
             .hint("name at least one, such as --keep-last 7 or --keep-points 14d; --dry-run shows what would go"));
     }
+    // What the record says, and no more.
+    let grace_ms = u64::try_from(options.grace.as_millis()).unwrap_or(u64::MAX);
+    let options = &Options { grace: Duration::from_millis(grace_ms), ..options.clone() };
     let Some(census) = Census::take(repository).await? else {
         return Err(Error::not_found(format!("{} has no generation: there is nothing to prune", repository.address())));
     };
@@ -79,20 +85,22 @@ pub async fn prune(repository: &Repository, options: &Options, events: &Events) 
     let mut goes: Vec<BackupId> =
         plan.verdicts.iter().filter(|verdict| !verdict.stays()).map(|verdict| verdict.id).collect();
 
-    let store_now = if options.dry_run {
-        now
+    let ours = if options.dry_run {
+        None
     } else {
         sweep::still_newest(repository, census.newest).await?;
         for id in &goes {
             repository.put_tombstone(*id).await?;
             events.emit(Event::BackupDeleted { id: *id, grace: options.grace });
         }
-        repository.put_prune(&record(repository, &census, &plan, &goes)).await?
+        Some(put_on_record(repository, || record(repository, &census, &plan, &goes, grace_ms)).await?)
     };
+    let store_now = ours.as_ref().map_or(now, |ours| ours.modified);
     let mut census = census;
     if !options.dry_run {
         census.objects = repository.backup_objects().await?;
         spare_pinned(repository, &mut census, &mut goes).await?;
+        bury(repository, &sweep::dead(&census, store_now)).await?;
     }
     let grace_over = store_now.earlier_by(options.grace);
     let deleted = |id: &BackupId| census.deleted_at(*id).or(goes.contains(id).then_some(store_now));
@@ -103,10 +111,10 @@ pub async fn prune(repository: &Repository, options: &Options, events: &Events) 
     };
     let (garbage, bytes_later) = sweep::find(repository, &census, &plan, options, store_now, &over).await?;
     let mut report = report(&census, &plan, &garbage, bytes_later);
-    if !options.dry_run {
+    if let Some(ours) = ours {
         let deleted = sweep::delete(repository, &census, &garbage).await?;
         (report.objects, report.bytes, report.refused) = (deleted.objects, deleted.bytes, deleted.refused);
-        forget_older(repository).await?;
+        forget_older(repository, &ours, options.grace, garbage.nobody_under_way).await?;
         events.emit(Event::Pruned { backups: goes.len() as u64, objects: report.objects, bytes: report.bytes });
         tell_refused(&report.refused, events);
     }
@@ -132,7 +140,39 @@ async fn spare_pinned(repository: &Repository, census: &mut Census, goes: &mut V
     Ok(())
 }
 
-fn record(repository: &Repository, census: &Census, plan: &policy::Plan, goes: &[BackupId]) -> PruneRecord {
+/// Backups that will not end cannot come to be any more, whatever their machine still has on its way: nothing need be kept for
+/// them. One that has ended after all looks for a tombstone last, as we look for its manifest: one of the two sees the other.
+async fn bury(repository: &Repository, dead: &[BackupId]) -> Result<()> {
+    for id in dead {
+        repository.put_tombstone(*id).await?;
+    }
+    if dead.is_empty() {
+        return Ok(());
+    }
+    let objects = repository.backup_objects().await?;
+    for id in dead.iter().filter(|id| objects.get(*id).is_some_and(|of| of.manifest.is_some())) {
+        repository.take_tombstone_back(*id).await?;
+    }
+    Ok(())
+}
+
+/// A prune that ends beside us may take our record away with those before its own.
+async fn put_on_record(repository: &Repository, record: impl Fn() -> PruneRecord) -> Result<Entry> {
+    for _ in 0..RECORDS {
+        if let Some(ours) = repository.put_prune(&record()).await? {
+            return Ok(ours);
+        }
+    }
+    Err(Error::refused("others prune this repository at the same time").hint("prune again once they have ended"))
+}
+
+fn record(
+    repository: &Repository,
+    census: &Census,
+    plan: &policy::Plan,
+    goes: &[BackupId],
+    grace_ms: u64,
+) -> PruneRecord {
     PruneRecord {
         kind: "perennial/prune".to_owned(),
         format: 1,
@@ -141,15 +181,27 @@ fn record(repository: &Repository, census: &Census, plan: &policy::Plan, goes: &
         at: repository.clock().now(),
         points_from: plan.points_from.unwrap_or(Lsn(0)),
         deleted: goes.to_vec(),
+        grace_ms,
     }
 }
 
-/// Only the newest record counts.
-async fn forget_older(repository: &Repository) -> Result<()> {
+/// Only the newest record tells from where on WAL is there. But a prune that is older may still be deleting: its record goes
+/// once ours keeps backups from all that it may take, and every backup that was under way has ended, or after a week.
+async fn forget_older(repository: &Repository, ours: &Entry, grace: Duration, nobody_under_way: bool) -> Result<()> {
     let mut records = repository.prunes().await?;
     records.pop();
-    for record in records {
-        delete_if_allowed(repository.store(), &record.key).await?;
+    let reach = (ours.modified.earlier_by(grace), &ours.key);
+    for record in records.iter().filter(|record| record.key != ours.key) {
+        let is_old = record.modified < ours.modified.earlier_by(sweep::BACKUP_MAX);
+        let theirs = match repository.prune_reach(record).await {
+            // Nobody knows how far it reaches.
+            Err(error) if error.kind() == Kind::Damaged => None,
+            read => read?,
+        };
+        // Of two that reach as far one stays.
+        if is_old || (nobody_under_way && theirs.is_some_and(|theirs| (theirs, &record.key) < reach)) {
+            delete_if_allowed(repository.store(), &record.key).await?;
+        }
     }
     Ok(())
 }

@@ -1,6 +1,6 @@
 //! What can go, and letting it go.
 
-use std::collections::{BTreeSet, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::time::Duration;
 
 use futures::{StreamExt, TryStreamExt};
@@ -21,8 +21,9 @@ use super::{Keep, Options};
 const PARALLEL: usize = 16;
 const BATCH: usize = 500;
 
-/// A backup that began this long ago and has not ended is taken for dead.
-const BACKUP_MAX: Duration = Duration::from_secs(7 * 86_400);
+/// A backup that began this long ago and has not ended is taken for dead; and whoever holds on to an answer for longer than
+/// this, a prune or a backup whose machine was frozen, is not reckoned with.
+pub const BACKUP_MAX: Duration = Duration::from_secs(7 * 86_400);
 
 /// What nobody needs any more.
 #[derive(Debug, Default)]
@@ -33,6 +34,8 @@ pub struct Garbage {
     pub packs: Vec<Entry>,
     /// Of deleted backups whose grace is over, and of backups that died: in the order in which they must go.
     pub of_backups: Vec<Entry>,
+    /// No backup was under way when packs were looked at, after our record was there: whoever begins one later sees it.
+    pub nobody_under_way: bool,
 }
 
 impl Garbage {
@@ -69,9 +72,13 @@ pub async fn find(
         garbage.logs = logs(repository, census, &needs_now, &options.keep, now).await?;
     }
     for (id, of) in &census.objects {
-        let has_died = of.manifest.is_none() && !is_under_way(census, *id, of, now);
-        if over.now.contains(id) || has_died {
+        if over.now.contains(id) {
             garbage.of_backups.extend(in_order(of));
+        } else if of.manifest.is_none() && !is_under_way(census, *id, of, now) {
+            // Its tombstone outlives it: a manifest that is put late must not bring it back.
+            let old = now.earlier_by(BACKUP_MAX);
+            let tombstone = of.tombstone.clone().filter(|tombstone| tombstone.modified < old);
+            garbage.of_backups.extend(in_order(&BackupObjects { tombstone, ..of.clone() }));
         }
     }
     let sizes = |entries: &[Entry]| entries.iter().map(|entry| entry.size).sum::<u64>();
@@ -81,6 +88,7 @@ pub async fn find(
     let of_later: u64 = of_later.map(|(_, of)| sizes(&in_order(of))).sum();
     let later = of_later + packs.later + sizes(&wal_later).saturating_sub(sizes(&garbage.wal));
     garbage.packs = packs.now;
+    garbage.nobody_under_way = packs.nobody_under_way;
     Ok((garbage, later))
 }
 
@@ -92,7 +100,15 @@ fn in_order(of: &BackupObjects) -> Vec<Entry> {
 
 fn is_under_way(census: &Census, id: BackupId, of: &BackupObjects, now: Timestamp) -> bool {
     let begun = of.begun.as_ref().filter(|_| of.manifest.is_none() && of.tombstone.is_none());
-    id.generation == census.newest && begun.is_some_and(|begun| begun.modified >= now.earlier_by(BACKUP_MAX))
+    id.generation >= census.newest && begun.is_some_and(|begun| begun.modified >= now.earlier_by(BACKUP_MAX))
+}
+
+/// Backups that have begun and will not end: those of a machine that was replaced, and very old ones.
+pub fn dead(census: &Census, now: Timestamp) -> Vec<BackupId> {
+    let dead = |(id, of): &(&BackupId, &BackupObjects)| {
+        of.manifest.is_none() && of.tombstone.is_none() && of.begun.is_some() && !is_under_way(census, **id, of, now)
+    };
+    census.objects.iter().filter(dead).map(|(id, _)| *id).collect()
 }
 
 fn needs(census: &Census, plan: &Plan, needed: &[&BackupHead]) -> Result<Needs> {
@@ -186,9 +202,30 @@ struct DeadPacks {
     now: Vec<Entry>,
     /// Bytes of those that will be dead once the grace is over.
     later: u64,
+    nobody_under_way: bool,
 }
 
-/// Packs that no backup names, and no backup under way can have put.
+/// Since when the packs were put that backups under way may name, if there are such backups.
+async fn named_under_way(
+    repository: &Repository,
+    census: &Census,
+    objects: &BTreeMap<BackupId, BackupObjects>,
+    now: Timestamp,
+) -> Result<Option<Timestamp>> {
+    let under_way = objects.iter().filter(|(id, of)| is_under_way(census, **id, of, now));
+    let mut first = None;
+    for begun in under_way.filter_map(|(_, of)| of.begun.as_ref()) {
+        let since = repository.packs_since(begun).await.map_err(|e| {
+            e.hint("nothing is deleted while nobody knows what a backup under way needs: delete that object by hand once the backup has ended")
+        })?;
+        // One that has ended meanwhile may have named anything.
+        let since = since.unwrap_or(Timestamp::from_unix_micros(i64::MIN));
+        first = Some(first.map_or(since, |first: Timestamp| first.min(since)));
+    }
+    Ok(first)
+}
+
+/// Packs that no backup names, and none under way can come to name.
 async fn packs(
     repository: &Repository,
     census: &Census,
@@ -196,12 +233,13 @@ async fn packs(
     now: Timestamp,
     grace_over: Timestamp,
 ) -> Result<DeadPacks> {
-    let listed: Vec<Entry> = repository.store().list(layout::PACKS, None).try_collect().await?;
-    // Anew, and after the packs: a backup that has ended meanwhile speaks for its own by its manifest.
+    let listed: Vec<(PackId, Entry)> = repository.packs().try_collect().await?;
+    // Anew, and after the packs: a backup that has ended meanwhile speaks for its own by its manifest. And after our record:
+    // a backup that is not here yet will see that, and names nothing of what we may delete.
     let objects = repository.backup_objects().await?;
-    let under_way = objects.iter().filter(|(id, of)| is_under_way(census, **id, of, now));
-    let begun = under_way.filter_map(|(_, of)| of.begun.as_ref().map(|begun| begun.modified)).min();
-    let may_be_new = |entry: &Entry| entry.modified > grace_over || begun.is_some_and(|begun| entry.modified >= begun);
+    let under_way = named_under_way(repository, census, &objects, now).await?;
+    let may_be_named =
+        |entry: &Entry| entry.modified > grace_over || under_way.is_some_and(|since| entry.modified >= since);
     let (mut marked, mut marked_later): (BTreeSet<PackId>, BTreeSet<PackId>) = Default::default();
     let needed = objects.iter().filter(|(id, of)| of.manifest.is_some() && !over.now.contains(id));
     let reads = needed.map(|(id, of)| async move {
@@ -223,11 +261,10 @@ async fn packs(
         }
         marked.extend(packs);
     }
-    let mut dead = DeadPacks { now: Vec::new(), later: 0 };
-    for entry in listed {
-        let Some(pack) = layout::parse_pack(&entry.key) else { continue };
+    let mut dead = DeadPacks { now: Vec::new(), later: 0, nobody_under_way: under_way.is_none() };
+    for (pack, entry) in listed {
         match (marked.contains(&pack), marked_later.contains(&pack)) {
-            (false, _) if !may_be_new(&entry) => dead.now.push(entry),
+            (false, _) if !may_be_named(&entry) => dead.now.push(entry),
             (true, false) => dead.later += entry.size,
             _ => (),
         }

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use crate::archive::push::Pusher;
 use crate::archive::stream::catch_up;
-use crate::backup::beside::{self, Place};
+use crate::backup::beside::{self, Means, Place};
 use crate::error::{Error, IoContext, Result};
 use crate::events::Events;
 use crate::model::{Beside, Lsn};
@@ -52,7 +52,8 @@ async fn snapshots(
         let (generation, timeline) = (writer.claim.generation, control.newest_timeline());
         let position = async || Ok((end, repository.clock().now()));
         for beside in besides {
-            beside::take(repository, beside, Place { backup, generation, timeline }, position, events).await?;
+            let place = Place { backup, generation, timeline };
+            beside::take(repository, beside, (place, Means::default()), position, events).await?;
         }
         Ok::<_, Error>(())
     };

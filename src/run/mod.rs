@@ -8,6 +8,8 @@ mod facts;
 mod hold;
 mod metadata;
 mod notices;
+#[cfg(test)]
+mod prune_beside_backup;
 mod schedule;
 mod server;
 mod signals;
@@ -70,6 +72,10 @@ pub struct Options {
     /// How long a stop may take.
     pub grace: Duration,
     pub backup_every: Duration,
+    /// How old the last full backup may be when the next one that is due becomes a full one; zero: none does for its age.
+    pub full_every: Duration,
+    /// Bytes a second that a base backup reads at most.
+    pub max_rate: Option<ByteSize>,
     /// Proofs that the newest state can be restored.
     pub drill: Option<Drills>,
     /// Looks at the repository, a part of it each time.

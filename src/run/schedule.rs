@@ -34,6 +34,12 @@ pub fn until_due(last: Option<Timestamp>, now: Timestamp, every: Duration) -> Du
     }
 }
 
+/// Whether the next backup is to store everything anew: when the last one that did began so long ago, or nobody knows when.
+/// Never by a period of zero.
+pub fn is_full_due(last_full: Option<Timestamp>, now: Timestamp, every: Duration) -> bool {
+    !every.is_zero() && until_due(last_full, now, every).is_zero()
+}
+
 /// Takes backups for as long as the server runs; ends only when another machine has taken over. `at_once`: the history
 /// begins anew here, whatever backups there are of what came before.
 async fn backups(
@@ -145,7 +151,7 @@ async fn drills(options: &Options, pusher: &Pusher, events: &Events) {
             let last = repository.last_drill().await?.map(|record| record.at);
             repository.clock().sleep(until_due(last, repository.clock().now(), drills.every)).await;
             // Before the first backup there is nothing to prove.
-            while last_backup(pusher).await?.is_none() {
+            while last_backup(pusher).await?.ended.is_none() {
                 repository.clock().sleep(FIRST_RETRY).await;
             }
             drill::run(repository, &wanted, events).await
@@ -165,7 +171,7 @@ async fn verifications(options: &Options, pusher: &Pusher, events: &Events) {
         let looked = async {
             let last = repository.last_verification().await?.map(|record| record.at);
             clock.sleep(until_due(last, clock.now(), verify.every)).await;
-            while last_backup(pusher).await?.is_none() {
+            while last_backup(pusher).await?.ended.is_none() {
                 clock.sleep(FIRST_RETRY).await;
             }
             restore::verify_next(repository, verify.share, events).await
@@ -179,28 +185,39 @@ async fn verifications(options: &Options, pusher: &Pusher, events: &Events) {
 
 async fn next(options: &Options, pusher: &Pusher, at_once: bool, events: &Events) -> Result<BackupId> {
     let repository = &pusher.repository;
-    let last = if at_once { None } else { last_backup(pusher).await? };
-    repository.clock().sleep(until_due(last, repository.clock().now(), options.backup_every)).await;
+    let last = last_backup(pusher).await?;
+    let ended = last.ended.filter(|_| !at_once);
+    repository.clock().sleep(until_due(ended, repository.clock().now(), options.backup_every)).await;
     let backup = backup::Options {
         data_dir: options.data_dir.clone(),
         connect: options.connect.clone(),
         generation: pusher.writer.claim.generation,
         // The first one protects: it must not wait for a checkpoint spread over minutes.
-        fast: last.is_none(),
+        fast: ended.is_none(),
         fail_on_damage: false,
-        full: false,
+        full: is_full_due(last.full, repository.clock().now(), options.full_every),
+        max_rate: options.max_rate,
         wal_timeout: Duration::from_secs(3600),
         beside: options.beside.clone(),
     };
     backup::run(repository, &backup, events).await.map(|done| done.head.backup_id)
 }
 
-/// When the newest backup ended from which everything up to now can be reached.
-async fn last_backup(pusher: &Pusher) -> Result<Option<Timestamp>> {
+/// What the repository says of the backups up to now.
+#[derive(Debug, Default)]
+struct Last {
+    /// When the newest ended from which everything up to now can be reached.
+    ended: Option<Timestamp>,
+    /// When the last full one began that the newest builds on.
+    full: Option<Timestamp>,
+}
+
+async fn last_backup(pusher: &Pusher) -> Result<Last> {
     let found = Reachable::find(&pusher.repository, Some(pusher.writer.claim.generation), None).await?;
-    let Some(reachable) = found else { return Ok(None) };
+    let Some(reachable) = found else { return Ok(Last::default()) };
     let usable = reachable.view()?.usable(&reachable.backups);
-    Ok(usable.iter().rev().find(|(_, coverage)| !coverage.gap).map(|(head, _)| head.stopped_at))
+    let whole = usable.iter().rev().find(|(_, coverage)| !coverage.gap);
+    Ok(Last { ended: whole.map(|(head, _)| head.stopped_at), full: usable.last().and_then(|(head, _)| head.full_at) })
 }
 
 #[cfg(test)]
@@ -215,5 +232,15 @@ mod tests {
         assert_eq!(until_due(Some(at(0)), at(3600), day), Duration::from_secs(86_400 - 3600));
         assert_eq!(until_due(Some(at(0)), at(90_000), day), Duration::ZERO);
         assert_eq!(until_due(Some(at(500)), at(0), day), day, "a clock that was put back");
+    }
+
+    #[test]
+    fn a_backup_is_a_full_one_once_the_last_full_one_is_old_enough() {
+        let at = |days: i64| Timestamp::from_unix_micros(days * 86_400 * 1_000_000);
+        let days = |days: u64| Duration::from_secs(days * 86_400);
+        assert!(!is_full_due(Some(at(1)), at(30), days(30)));
+        assert!(is_full_due(Some(at(1)), at(31), days(30)));
+        assert!(is_full_due(None, at(31), days(30)), "nobody has noted when the last one was");
+        assert!(!is_full_due(None, at(31), Duration::ZERO) && !is_full_due(Some(at(1)), at(31), Duration::ZERO));
     }
 }

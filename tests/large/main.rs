@@ -206,6 +206,7 @@ impl Builder {
             stored,
             packs: packs.len() as u64,
             parent: None,
+            full_at: None,
             damaged: Vec::new(),
             damaged_pages: 0,
             lines: Lines::none(),

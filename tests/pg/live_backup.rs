@@ -32,6 +32,149 @@ fn a_backup_that_is_killed_leaves_nothing_visible() {
     assert_eq!(backups(&bucket), 2);
 }
 
+const CONTENT: &str = "SELECT count(*), sum(hashtext(noise::text)::bigint * n) FROM filler";
+
+/// A table that cannot be compressed: four packs and a rest.
+fn fill(machine: &Machine) {
+    let noise = ["md5(random()::text)"; 8].join(" || ");
+    let rows = format!("SELECT n, decode({noise}, 'hex') AS noise FROM generate_series(1, 560000) n");
+    machine.sql(&format!("CREATE TABLE filler AS {rows}"));
+    machine.sql("VACUUM (FREEZE, ANALYZE) filler");
+    machine.sql("CHECKPOINT");
+}
+
+/// A process that does not outlive whoever gives up on it.
+struct KilledWithUs(std::process::Child);
+
+impl Drop for KilledWithUs {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// A backup that is killed once most of its packs are in the bucket; how many bytes it has put. Its WAL is held up meanwhile, so
+/// that it cannot end before.
+fn kill_a_backup(machine: &Machine, arguments: &[&str]) -> u64 {
+    let packs = || -> u64 {
+        let all = all_files(&machine.bucket.path().join("packs"));
+        // Not what is still being written.
+        let whole = all.iter().filter(|path| path.to_str().is_some_and(|path| !path.contains('#')));
+        whole.filter_map(|path| path.metadata().ok()).map(|metadata| metadata.len()).sum()
+    };
+    let (before, data) = (packs(), machine.data_dir());
+    machine.signal(nix::sys::signal::Signal::SIGSTOP);
+    let arguments = [&["backup", "-D", data.to_str().expect("text")], arguments].concat();
+    let backup = KilledWithUs(machine.bucket.command(&arguments).spawn().expect("started"));
+    wait_until("most of it is in the bucket", || packs() >= before + (64 << 20));
+    drop(backup);
+    machine.signal(nix::sys::signal::Signal::SIGCONT);
+    packs() - before
+}
+
+/// Takes a backup; how many bytes it has put.
+fn stored_by_a_backup(machine: &Machine, arguments: &[&str]) -> u64 {
+    let data = machine.data_dir();
+    let done = machine.bucket.json(&[&["backup", "-D", data.to_str().expect("text")], arguments].concat());
+    done["backup"]["stored_bytes"].as_u64().expect("bytes")
+}
+
+#[test]
+fn a_backup_that_was_killed_goes_on_with_what_it_had_put() {
+    let scratch = Scratch::new();
+    let bucket = Bucket::directory(&scratch);
+    let mut machine = Machine::new(&scratch, "a", &bucket);
+    machine.start(&["--init"]).ready().with_backup();
+    fill(&machine);
+    let expected = machine.sql(CONTENT);
+    let left = kill_a_backup(&machine, &[]);
+    assert_eq!(backups(&bucket), 1);
+    let stored = stored_by_a_backup(&machine, &[]);
+    assert!(stored * 4 < left, "{left} bytes were there, and {stored} more were put");
+    machine.archived();
+    let restored = |name: &str| {
+        let data = scratch.dir(name).join("data");
+        bucket.must(&["restore", "-D", data.to_str().expect("text")]);
+        let copy = Plain::start(&scratch, name, &bucket, &Postgres::debian()).up(false);
+        copy.machine.sql(CONTENT)
+    };
+    assert_eq!(restored("b"), expected);
+    // What it names of the dead one's is as safe as its own.
+    bucket.must(&["prune", "--keep-last=1", "--prune-grace=0"]);
+    assert_eq!(backups(&bucket), 1);
+    bucket.must(&["verify", "--full"]);
+    assert_eq!(restored("c"), expected);
+}
+
+#[test]
+fn a_machine_that_vanishes_in_the_midst_of_a_backup_leaves_what_it_had_put_to_the_next() {
+    let scratch = Scratch::new();
+    let bucket = Bucket::directory(&scratch);
+    let mut first = Machine::new(&scratch, "a", &bucket);
+    first.start(&["--init"]).ready().with_backup();
+    fill(&first);
+    let expected = first.sql(CONTENT);
+    // What recovery writes may differ in bytes that say nothing (a tuple's command id): what is restored does not.
+    stored_by_a_backup(&first, &[]);
+    first.archived();
+    let left = kill_a_backup(&first, &["--full"]);
+    first.vanish();
+    let mut second = Machine::new(&scratch, "b", &bucket);
+    second.start(&[]).ready();
+    let stored = stored_by_a_backup(&second, &["--full"]);
+    assert!(stored * 4 < left, "{left} bytes were there, and {stored} more were put");
+    bucket.must(&["prune", "--keep-last=1", "--prune-grace=0"]);
+    assert_eq!(backups(&bucket), 1);
+    bucket.must(&["verify", "--full"]);
+    second.archived();
+    second.vanish();
+    let mut third = Machine::new(&scratch, "c", &bucket);
+    third.start(&[]).ready();
+    assert_eq!(third.sql(CONTENT), expected);
+    assert_eq!(third.stop(), 0);
+}
+
+#[test]
+fn by_schedule_everything_is_stored_anew_once_the_last_full_backup_is_old() {
+    let scratch = Scratch::new();
+    let bucket = Bucket::directory(&scratch);
+    let mut machine = Machine::new(&scratch, "a", &bucket);
+    let schedule = ["--init", "--backup-every=300ms", "--full-every=4s"];
+    machine.start(&[&schedule[..], &["--", "-c", "checkpoint_completion_target=0"]].concat()).ready();
+    let taken = || bucket.json(&["list"])["backups"].as_array().expect("a list").clone();
+    let is_full = |backup: &serde_json::Value| backup["parent"].is_null();
+    wait_until("a second full one", || taken().iter().filter(|backup| is_full(backup)).count() == 2);
+    let all = taken();
+    assert!(is_full(&all[0]) && !is_full(&all[1]), "the one after the first builds on it: {all:?}");
+    let mut last_full = &all[0];
+    for backup in &all {
+        last_full = if is_full(backup) { backup } else { last_full };
+        assert_eq!(backup["full_at"], last_full["started_at"], "each tells how old what it builds on is");
+        let share =
+            backup["stored_bytes"].as_u64().expect("bytes") * 4 > all[0]["stored_bytes"].as_u64().expect("bytes");
+        assert_eq!(share, is_full(backup), "{backup}");
+    }
+    assert_eq!(machine.stop(), 0);
+}
+
+#[test]
+fn a_backup_reads_no_faster_than_it_may() {
+    let scratch = Scratch::new();
+    let bucket = Bucket::directory(&scratch);
+    let mut machine = Machine::new(&scratch, "a", &bucket);
+    machine.start(&["--init"]).ready().with_backup();
+    let beside = scratch.dir("beside");
+    std::fs::write(beside.join("index"), vec![7; 5 << 20]).expect("written");
+    give(&beside);
+    let (data, with) = (machine.data_dir(), format!("--with=beside={}", beside.display()));
+    let report = bucket.json(&["backup", "-D", data.to_str().expect("text"), "--max-rate=10MB", &with]);
+    let bytes = report["backup"]["bytes"].as_f64().expect("bytes");
+    let seconds = report["seconds"].as_f64().expect("seconds");
+    // Each of the two begins with a burst and what comes first, and the control file is not counted.
+    let least = (bytes + 5e6 - 3e6) / (10 << 20) as f64 - 0.2;
+    assert!(least > 1.5 && seconds > least, "{bytes} bytes in {seconds} s, expected {least} at least");
+}
+
 #[test]
 fn a_damaged_page_is_reported_by_file_and_block_and_fails_only_when_asked() {
     let scratch = Scratch::new();

@@ -33,6 +33,7 @@ pub fn run(setup: &Setup, args: args::Backup) -> Result<i32> {
             fast: !args.spread_checkpoint,
             fail_on_damage: args.fail_on_damage,
             full: args.full,
+            max_rate: setup.size(args.max_rate, setup.config.max_rate.as_ref())?,
             wal_timeout: args.wal_timeout,
         };
         let repository = Repository::open(store, &setup.clock).await?;

@@ -220,6 +220,7 @@ pub fn backup_json(head: &BackupHead) -> Value {
         "stored_bytes": head.stored,
         "packs": head.packs,
         "parent": head.parent,
+        "full_at": head.full_at,
         "damaged_pages": head.damaged_pages,
         "damaged": head.damaged,
     })

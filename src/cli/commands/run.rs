@@ -88,10 +88,9 @@ pub(super) fn options(
         grace: duration(setup, keep.grace, config.grace.as_ref(), GRACE)?,
         takeover_after: duration(setup, keep.takeover_after, config.takeover_after.as_ref(), TAKEOVER_AFTER)?,
         backup_every: duration(setup, keep.backup_every, config.backup_every.as_ref(), BACKUP_EVERY)?,
-        max_wal_behind: match (keep.max_wal_behind, &config.max_wal_behind) {
-            (None, Some(text)) => Some(text.parse()?),
-            (given, _) => given,
-        },
+        full_every: duration(setup, keep.full_every, config.full_every.as_ref(), Duration::ZERO)?,
+        max_rate: setup.size(keep.max_rate, config.max_rate.as_ref())?,
+        max_wal_behind: setup.size(keep.max_wal_behind, config.max_wal_behind.as_ref())?,
         when_behind: WhenBehind::Block,
         on_bucket_loss: match keep.on_bucket_loss.or(config.on_bucket_loss) {
             Some(args::OnBucketLossArg::Degrade) => OnBucketLoss::Degrade,
