@@ -1,5 +1,5 @@
-//! A backup that goes on with what a dead one has left, and prunes that may delete it, in every order of their requests:
-//! whatever comes first, a backup that is there has all its packs.
+//! A backup that goes on with what a dead one has left, and prunes that may delete it, each interrupted by the other at every
+//! one of its requests: whatever comes first, a backup that is there has all its packs.
 
 use std::pin::Pin;
 use std::sync::Arc;
