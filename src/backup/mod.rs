@@ -103,7 +103,9 @@ pub async fn run(repository: &Repository, options: &Options, events: &Events) ->
     // The server's checkpoint takes a while: the repository is looked at meanwhile.
     let looked = async {
         let newest = check_newest(repository, options.generation);
-        tokio::try_join!(newest, look(control.timeline), remains::since(repository))
+        // A full backup believes nothing that was stored before.
+        let since = async { if options.full { Ok(None) } else { remains::since(repository).await } };
+        tokio::try_join!(newest, look(control.timeline), since)
     };
     let began_there = client.start_backup(server.version, "perennial", options.fast);
     let (start, ((), parent, since)) = tokio::try_join!(began_there, looked)?;

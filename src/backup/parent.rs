@@ -57,7 +57,8 @@ impl Parent {
         let sound = repository.backups().await?.sound;
         match sound.iter().filter(is_past).max_by_key(|head| head.stop_lsn) {
             Some(head) => {
-                let exact = head.data_checksums && server_started < head.started_at;
+                // By the server's own word for its start: a copy of its disk, or a clock that was put back, never matches.
+                let exact = head.data_checksums && head.server_started == Some(server_started);
                 let head = Box::new(head.clone());
                 Ok(Some(Parent { exact, ..Parent::read(repository, head).await? }))
             }

@@ -64,6 +64,8 @@ impl CopyOne {
         events.emit(Event::Note { level: Level::Detail, text });
         copy.has_no_life_of_its_own(&generations).await?;
         self.manifest(needed.objects, &mut report).await?;
+        // A prune of the second place may have been deleting meanwhile.
+        self.are_there(layout::PACKS, &keys).await?;
         Ok(report)
     }
 

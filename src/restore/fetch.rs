@@ -6,7 +6,7 @@ use std::fs::{File, OpenOptions};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use bytes::Bytes;
 use futures::StreamExt;
@@ -190,17 +190,23 @@ async fn write_to(
         }
     }
     let progress = Progress { total: contents.bytes(), done: AtomicU64::new(have.bytes), events: events.clone() };
-    let into = Arc::new(Into { paths, progress, flusher: Flusher::default() });
+    let into = Arc::new(Into { paths, progress, flusher: Flusher::default(), given_up: AtomicBool::new(false) });
     let Fetch { ranges, sums } = plan(contents, have);
     let work: Vec<_> = ranges
         .into_iter()
         .map(|range| fetch_range(repository.clone(), range, Arc::clone(&sums), Some(Arc::clone(&into))))
         .collect();
     let mut work = futures::stream::iter(work).buffer_unordered(REQUESTS);
+    // Threads that write cannot be stopped: whoever goes on in this directory after an error must not meet them.
+    let mut outcome = Ok(());
     while let Some(done) = work.next().await {
-        done?;
+        if done.is_err() && outcome.is_ok() {
+            into.given_up.store(true, Ordering::Relaxed);
+            outcome = done;
+        }
     }
     drop(work);
+    outcome?;
     into.flusher.end().map_err(|e| Error::local("could not sync what was restored", e))?;
     // What its owner must not write to could not be filled with that mode.
     let read_only = into.paths.iter().filter(|(_, mode)| mode & WRITABLE == 0);
@@ -268,10 +274,15 @@ struct Into {
     paths: Vec<(PathBuf, u32)>,
     progress: Progress,
     flusher: Flusher,
+    /// What has not begun need not begin.
+    given_up: AtomicBool,
 }
 
 /// Reads a range and checks every frame in it; writes what they hold, if told where to.
 async fn fetch_range(repository: Repository, range: Range, sums: Arc<Vec<Sum>>, into: Option<Arc<Into>>) -> Result<()> {
+    if into.as_ref().is_some_and(|into| into.given_up.load(Ordering::Relaxed)) {
+        return Ok(());
+    }
     let bytes = repository.read_pack(range.pack, range.start..range.end).await?;
     let take = move || take_range(&repository, &range, &bytes, &sums, into.as_deref());
     tokio::task::spawn_blocking(take).await.map_err(|e| Error::internal("a writing thread ended").source(e))?

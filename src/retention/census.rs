@@ -140,6 +140,10 @@ impl Census {
         timelines.into_iter().map(|timeline| self.left_at(timeline)).collect()
     }
 
+    pub fn is_pinned(&self, id: BackupId) -> bool {
+        self.objects.get(&id).is_some_and(|of| !of.pins.is_empty())
+    }
+
     pub fn is_deleted(&self, id: BackupId) -> bool {
         self.objects.get(&id).is_some_and(|of| of.tombstone.is_some())
     }

@@ -93,7 +93,8 @@ pub async fn prune(repository: &Repository, options: &Options, events: &Events) 
             repository.put_tombstone(*id).await?;
             events.emit(Event::BackupDeleted { id: *id, grace: options.grace });
         }
-        Some(put_on_record(repository, || record(repository, &census, &plan, &goes, grace_ms)).await?)
+        let points_from = told_from(&census, plan.points_from, repository.points_from().await?)?;
+        Some(put_on_record(repository, || record(repository, &census, points_from, &goes, grace_ms)).await?)
     };
     let store_now = ours.as_ref().map_or(now, |ours| ours.modified);
     let mut census = census;
@@ -103,7 +104,11 @@ pub async fn prune(repository: &Repository, options: &Options, events: &Events) 
         bury(repository, &sweep::dead(&census, store_now)).await?;
     }
     let grace_over = store_now.earlier_by(options.grace);
-    let deleted = |id: &BackupId| census.deleted_at(*id).or(goes.contains(id).then_some(store_now));
+    // One that is pinned keeps what it needs, even where its tombstone could not be taken back.
+    let deleted = |id: &BackupId| {
+        let deleted = census.deleted_at(*id).or(goes.contains(id).then_some(store_now));
+        deleted.filter(|_| !census.is_pinned(*id))
+    };
     let all = census.heads.iter().map(|head| head.backup_id);
     let over = sweep::Over {
         now: all.clone().filter(|id| deleted(id).is_some_and(|deleted| deleted <= grace_over)).collect(),
@@ -132,7 +137,7 @@ fn tell_refused(refused: &Refused, events: &Events) {
 async fn spare_pinned(repository: &Repository, census: &mut Census, goes: &mut Vec<BackupId>) -> Result<()> {
     for (id, of) in &mut census.objects {
         if goes.contains(id) && !of.pins.is_empty() {
-            repository.take_tombstone_back(*id).await?;
+            take_back(repository, *id).await?;
             of.tombstone = None;
             goes.retain(|gone| gone != id);
         }
@@ -151,9 +156,17 @@ async fn bury(repository: &Repository, dead: &[BackupId]) -> Result<()> {
     }
     let objects = repository.backup_objects().await?;
     for id in dead.iter().filter(|id| objects.get(*id).is_some_and(|of| of.manifest.is_some())) {
-        repository.take_tombstone_back(*id).await?;
+        take_back(repository, *id).await?;
     }
     Ok(())
+}
+
+/// Where the store lets nothing be deleted the tombstone stays, and the others go on.
+async fn take_back(repository: &Repository, id: BackupId) -> Result<()> {
+    match repository.take_tombstone_back(id).await {
+        Err(error) if error.kind() == Kind::Denied => Ok(()),
+        taken => taken,
+    }
 }
 
 /// A prune that ends beside us may take our record away with those before its own.
@@ -166,20 +179,25 @@ async fn put_on_record(repository: &Repository, record: impl Fn() -> PruneRecord
     Err(Error::refused("others prune this repository at the same time").hint("prune again once they have ended"))
 }
 
-fn record(
-    repository: &Repository,
-    census: &Census,
-    plan: &policy::Plan,
-    goes: &[BackupId],
-    grace_ms: u64,
-) -> PruneRecord {
+/// From where on missing WAL is damage. What an earlier prune, or a copy of single backups, has left holes in before its own
+/// mark stays so, whatever the rules are now.
+fn told_from(census: &Census, planned: Option<Lsn>, before: Lsn) -> Result<Lsn> {
+    let planned = planned.unwrap_or(Lsn(0));
+    let has_holes = match &census.main {
+        Some(main) if planned < before => main.view()?.coverage(planned).through < before,
+        _ => false,
+    };
+    Ok(if has_holes { before } else { planned })
+}
+
+fn record(repository: &Repository, census: &Census, points_from: Lsn, goes: &[BackupId], grace_ms: u64) -> PruneRecord {
     PruneRecord {
         kind: "perennial/prune".to_owned(),
         format: 1,
         write_id: WriteId(repository.clock().random()),
         generation: census.newest,
         at: repository.clock().now(),
-        points_from: plan.points_from.unwrap_or(Lsn(0)),
+        points_from,
         deleted: goes.to_vec(),
         grace_ms,
     }

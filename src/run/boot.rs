@@ -32,6 +32,8 @@ pub enum Directory {
     /// A copy that has followed this repository (`restore --standby`): the newest generation it was given anything of, and
     /// why it has no part in the newest history, if so.
     Standby { system_id: SystemId, origin: Generation, misfit: Option<String> },
+    /// A standby of another server, or of another repository.
+    Follower,
     /// Something else.
     Foreign,
     /// A server is running there already.
@@ -186,6 +188,12 @@ pub fn decide(facts: &Facts) -> Decision {
         (Directory::Partial, _) => {
             refuse(Kind::Refused, what_is_partial(facts.data_dir.as_ref()), PARTIAL_HINT.to_owned())
         }
+        // Before any claim: it could not write, and the database that can would be stopped for nothing.
+        (Directory::Follower, _) => refuse(
+            Kind::Refused,
+            format!("{} is a standby, and not one that follows {}", facts.data_dir, facts.address),
+            "promote it first (pg_ctl promote, then stop it), or use an empty directory".to_owned(),
+        ),
         (Directory::Foreign, _) => refuse(
             Kind::Refused,
             format!("{} is not empty and not a PostgreSQL data directory", facts.data_dir),
@@ -514,6 +522,13 @@ mod tests {
             let decision = decided(Directory::Partial, bucket, "init adopt discard");
             assert!(is_refused(&decision, Kind::Refused), "{decision}");
             assert!(decision.to_string().contains("--database"), "{decision}");
+        }
+    }
+
+    #[test]
+    fn a_standby_of_something_else_claims_nothing() {
+        for bucket in [Bucket::Empty, used(3, true), used(3, false)] {
+            assert!(is_refused(&decided(Directory::Follower, bucket, "init adopt discard"), Kind::Refused));
         }
     }
 

@@ -123,6 +123,7 @@ async fn look_at(
                 let place = standby::Place::read(data_dir, &reachable.backups)?;
                 Directory::Standby { system_id, origin, misfit: place.misfit(&reachable.view()?, Some(origin)) }
             }
+            _ if standby::is_standby(data_dir)? => Directory::Follower,
             _ => Directory::Unclaimed { system_id, origin },
         });
     };
