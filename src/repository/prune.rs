@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 use super::{DOCUMENT_MAX, Repository, document, layout};
 use crate::error::Result;
 use crate::model::{BackupId, Generation, Lsn, Timestamp, WriteId};
-use crate::storage::{Body, Entry, read_small};
+use crate::storage::{Body, Entry, delete_if_allowed, read_small};
 
 /// `prunes/<…>`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -87,9 +87,9 @@ impl Repository {
         Ok(read_small(self.store(), &layout::tombstone(id), DOCUMENT_MAX).await?.is_some())
     }
 
-    /// The backup exists again: nothing of it has gone yet.
+    /// The backup exists again: nothing of it has gone yet. Where the store lets nothing be deleted it stays as it is.
     pub async fn take_tombstone_back(&self, id: BackupId) -> Result<()> {
-        self.store.delete(&layout::tombstone(id)).await
+        delete_if_allowed(self.store(), &layout::tombstone(id)).await
     }
 
     /// Keeps a backup whatever the rules say.

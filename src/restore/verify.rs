@@ -84,7 +84,7 @@ pub async fn verify(repository: &Repository, depth: Depth, events: &Events) -> R
         tell(events, format!("backup {}: {} findings", backup.backup_id, report.findings.len() - before));
     }
     look_at_besides(repository, &mut packs, depth, &mut report).await?;
-    look_at_consistency(repository, &sound, &mut report).await?;
+    let mut without_wal: Vec<&BackupHead> = sound.iter().collect();
     let claims = repository.claims(repository.generations().await?).await?;
     let mut seen = BTreeSet::new();
     for tip in tips(&claims) {
@@ -97,8 +97,11 @@ pub async fn verify(repository: &Repository, depth: Depth, events: &Events) -> R
             }
         };
         look_at_wal(repository, &reachable, depth, &mut seen, &mut report).await?;
+        let view = reachable.view()?;
+        without_wal.retain(|backup| view.coverage_of(backup).is_none());
         tell(events, format!("history of generation {tip}: {} segments looked at", seen.len()));
     }
+    look_at_consistency(repository, &without_wal, &mut report).await?;
     report.segments = seen.len();
     report.packs = packs.sizes.len();
     Ok(report)
@@ -253,19 +256,9 @@ impl Packs {
     }
 }
 
-/// Whether each backup still has the WAL without which it is none. It waited for that under its own generation.
-async fn look_at_consistency(repository: &Repository, backups: &[BackupHead], report: &mut Report) -> Result<()> {
-    let mut backups: Vec<&BackupHead> = backups.iter().collect();
-    // Most are on the way to the newest state; what is wrong with that is told elsewhere.
-    match Reachable::find(repository, None, None).await {
-        Ok(Some(main)) => {
-            let view = main.view()?;
-            backups.retain(|backup| view.coverage_of(backup).is_none());
-        }
-        Ok(None) => (),
-        Err(error) if matches!(error.kind(), Kind::Damaged | Kind::NotFound) => (),
-        Err(error) => return Err(error),
-    }
+/// Whether backups that lie on no history that leads on have the WAL without which they are none. Each waited for that under
+/// its own generation.
+async fn look_at_consistency(repository: &Repository, backups: &[&BackupHead], report: &mut Report) -> Result<()> {
     let histories: BTreeSet<_> = backups.iter().map(|backup| (backup.generation, backup.timeline)).collect();
     for (generation, timeline) in histories {
         let consequence = |backup: &BackupHead| format!("backup {} cannot be restored", backup.backup_id);

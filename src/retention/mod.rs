@@ -85,6 +85,11 @@ pub async fn prune(repository: &Repository, options: &Options, events: &Events) 
     let mut goes: Vec<BackupId> =
         plan.verdicts.iter().filter(|verdict| !verdict.stays()).map(|verdict| verdict.id).collect();
 
+    let points_from = match plan.points_from {
+        Some(planned) => Some(told_from(repository, &census, planned).await?),
+        None => None,
+    };
+
     let ours = if options.dry_run {
         None
     } else {
@@ -93,8 +98,8 @@ pub async fn prune(repository: &Repository, options: &Options, events: &Events) 
             repository.put_tombstone(*id).await?;
             events.emit(Event::BackupDeleted { id: *id, grace: options.grace });
         }
-        let points_from = told_from(&census, plan.points_from, repository.points_from().await?)?;
-        Some(put_on_record(repository, || record(repository, &census, points_from, &goes, grace_ms)).await?)
+        let told = points_from.unwrap_or(Lsn(0));
+        Some(put_on_record(repository, || record(repository, &census, told, &goes, grace_ms)).await?)
     };
     let store_now = ours.as_ref().map_or(now, |ours| ours.modified);
     let mut census = census;
@@ -115,7 +120,7 @@ pub async fn prune(repository: &Repository, options: &Options, events: &Events) 
         later: all.filter(|id| deleted(id).is_some()).collect(),
     };
     let (garbage, bytes_later) = sweep::find(repository, &census, &plan, options, store_now, &over).await?;
-    let mut report = report(&census, &plan, &garbage, bytes_later);
+    let mut report = report(&census, &plan, points_from, &garbage, bytes_later);
     if let Some(ours) = ours {
         let deleted = sweep::delete(repository, &census, &garbage).await?;
         (report.objects, report.bytes, report.refused) = (deleted.objects, deleted.bytes, deleted.refused);
@@ -137,7 +142,7 @@ fn tell_refused(refused: &Refused, events: &Events) {
 async fn spare_pinned(repository: &Repository, census: &mut Census, goes: &mut Vec<BackupId>) -> Result<()> {
     for (id, of) in &mut census.objects {
         if goes.contains(id) && !of.pins.is_empty() {
-            take_back(repository, *id).await?;
+            repository.take_tombstone_back(*id).await?;
             of.tombstone = None;
             goes.retain(|gone| gone != id);
         }
@@ -156,17 +161,9 @@ async fn bury(repository: &Repository, dead: &[BackupId]) -> Result<()> {
     }
     let objects = repository.backup_objects().await?;
     for id in dead.iter().filter(|id| objects.get(*id).is_some_and(|of| of.manifest.is_some())) {
-        take_back(repository, *id).await?;
+        repository.take_tombstone_back(*id).await?;
     }
     Ok(())
-}
-
-/// Where the store lets nothing be deleted the tombstone stays, and the others go on.
-async fn take_back(repository: &Repository, id: BackupId) -> Result<()> {
-    match repository.take_tombstone_back(id).await {
-        Err(error) if error.kind() == Kind::Denied => Ok(()),
-        taken => taken,
-    }
 }
 
 /// A prune that ends beside us may take our record away with those before its own.
@@ -181,8 +178,12 @@ async fn put_on_record(repository: &Repository, record: impl Fn() -> PruneRecord
 
 /// From where on missing WAL is damage. What an earlier prune, or a copy of single backups, has left holes in before its own
 /// mark stays so, whatever the rules are now.
-fn told_from(census: &Census, planned: Option<Lsn>, before: Lsn) -> Result<Lsn> {
-    let planned = planned.unwrap_or(Lsn(0));
+async fn told_from(repository: &Repository, census: &Census, planned: Lsn) -> Result<Lsn> {
+    let before = match repository.points_from().await {
+        // Whatever it said is told as damage from now on: rather too much than too little.
+        Err(error) if error.kind() == Kind::Damaged => Lsn(0),
+        read => read?,
+    };
     let has_holes = match &census.main {
         Some(main) if planned < before => main.view()?.coverage(planned).through < before,
         _ => false,
@@ -224,7 +225,13 @@ async fn forget_older(repository: &Repository, ours: &Entry, grace: Duration, no
     Ok(())
 }
 
-fn report(census: &Census, plan: &policy::Plan, garbage: &sweep::Garbage, bytes_later: u64) -> Report {
+fn report(
+    census: &Census,
+    plan: &policy::Plan,
+    points_from: Option<Lsn>,
+    garbage: &sweep::Garbage,
+    bytes_later: u64,
+) -> Report {
     let head = |id: BackupId| census.heads.iter().find(|head| head.backup_id == id);
     let judged = plan.verdicts.iter().filter_map(|verdict| {
         let head = head(verdict.id)?;
@@ -235,7 +242,8 @@ fn report(census: &Census, plan: &policy::Plan, garbage: &sweep::Garbage, bytes_
             reasons: verdict.reasons.iter().map(ToString::to_string).collect(),
         })
     });
-    let base = census.heads.iter().find(|head| Some(head.start_lsn) == plan.points_from);
+    let from = |points_from| census.heads.iter().filter(move |head| head.start_lsn >= points_from);
+    let base = points_from.and_then(|points_from| from(points_from).min_by_key(|head| head.start_lsn));
     Report {
         backups: judged.collect(),
         points_from: base.map(|head| head.stop_lsn),

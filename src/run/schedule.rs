@@ -150,10 +150,7 @@ async fn drills(options: &Options, pusher: &Pusher, events: &Events) {
         let held = async {
             let last = repository.last_drill().await?.map(|record| record.at);
             repository.clock().sleep(until_due(last, repository.clock().now(), drills.every)).await;
-            // Before the first backup there is nothing to prove.
-            while last_backup(pusher).await?.ended.is_none() {
-                repository.clock().sleep(FIRST_RETRY).await;
-            }
+            first_backup(pusher).await?;
             drill::run(repository, &wanted, events).await
         };
         if let Err(error) = held.await {
@@ -171,9 +168,7 @@ async fn verifications(options: &Options, pusher: &Pusher, events: &Events) {
         let looked = async {
             let last = repository.last_verification().await?.map(|record| record.at);
             clock.sleep(until_due(last, clock.now(), verify.every)).await;
-            while last_backup(pusher).await?.ended.is_none() {
-                clock.sleep(FIRST_RETRY).await;
-            }
+            first_backup(pusher).await?;
             restore::verify_next(repository, verify.share, events).await
         };
         if let Err(error) = looked.await {
@@ -181,6 +176,14 @@ async fn verifications(options: &Options, pusher: &Pusher, events: &Events) {
             clock.sleep(LONGEST_RETRY).await;
         }
     }
+}
+
+/// Waits for the first backup: before it there is nothing to prove.
+async fn first_backup(pusher: &Pusher) -> Result<()> {
+    while last_backup(pusher).await?.ended.is_none() {
+        pusher.repository.clock().sleep(FIRST_RETRY).await;
+    }
+    Ok(())
 }
 
 async fn next(options: &Options, pusher: &Pusher, at_once: bool, events: &Events) -> Result<BackupId> {
