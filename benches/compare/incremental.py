@@ -52,6 +52,7 @@ class IncrementPlan:
     share: float
     chain: int
     restores: int
+    rival_restores: int
     idle_wait: int
 
     @property
@@ -120,6 +121,8 @@ class IncrementBench(Bench):
         for number in range(1, self.plan.restores + 1):
             for latency in self.plan.latencies:
                 for tool, after in self._mixed(choices):
+                    if number > self.plan.rival_restores and not isinstance(tool, Perennial):
+                        continue
                     turn = {"scene": f"restore after {after}", "tool": tool.name, "round": number, "latency": latency}
                     turn["after"] = after
                     yield self._attempt(turn, self._restore_after, tool, latency, after, number == 1)
