@@ -15,7 +15,7 @@ use super::delta::Have;
 use super::layout::{control_file_aside, inside, set_mode};
 use super::outside;
 use super::sum::{Filled, Sum};
-use crate::disk::{self, Flusher};
+use crate::disk::Flusher;
 use crate::error::{Error, IoContext, Result};
 use crate::events::{Event, Events};
 use crate::model::{BackupId, PackId};
@@ -389,14 +389,12 @@ impl Into {
         Ok(())
     }
 
-    /// Starts writing back now, so that the sync at the end finds little left to do: all of a region at once, not its pages as
-    /// they come.
+    /// Counts towards the next sync on the way: all of a region at once, not its pages as they come.
     fn region_is_written(&self, piece: &Piece, file: &File, sums: &[Sum]) -> Result<()> {
         let length = match piece.part {
             Part::Whole { plain, .. } => plain as usize,
             Part::Pages { sum, .. } => sums[sum].plain(),
         };
-        disk::drop_from_cache(file, piece.offset, length);
         self.flusher.wrote(file, length as u64).on("sync", &self.paths[piece.file].0)
     }
 }

@@ -109,8 +109,6 @@ fn fill(file: &File, size: u64) -> std::io::Result<()> {
     let mut offset = 0;
     while offset < size {
         file.write_all_at(&pages, offset)?;
-        // Starts writing back now, so that the sync at the end finds little left to do.
-        disk::drop_from_cache(file, offset, pages.len());
         offset += pages.len() as u64;
     }
     Ok(())
