@@ -105,6 +105,16 @@ pub enum Event {
         files: u64,
         pages: u64,
     },
+    /// Blocks of a relation are not what they were at the last backup, and no page of them says that it was changed since.
+    ChangedBehindWal {
+        file: String,
+        first_block: u32,
+        last_block: u32,
+    },
+    StretchesBehindWal {
+        stretches: u64,
+        last_backup: BackupId,
+    },
     SegmentPushed {
         name: String,
         stored: u64,
@@ -205,6 +215,8 @@ impl Event {
             StoreRetry { .. } | BackupFailed { .. } | DeletesRefused { .. } | Notice { .. } => Level::Warning,
             PageDamaged { .. }
             | PagesDamaged { .. }
+            | ChangedBehindWal { .. }
+            | StretchesBehindWal { .. }
             | WalLeftBehind { .. }
             | LogLags { .. }
             | WaitCancelled
@@ -283,6 +295,14 @@ impl fmt::Display for Event {
             PagesDamaged { files, pages } => write!(
                 f,
                 "{pages} damaged pages in {files} files were backed up as they are; `pg_amcheck` tells what they hold"
+            ),
+            ChangedBehindWal { file, first_block, last_block } => write!(
+                f,
+                "{file}, blocks {first_block} to {last_block}: not as in the last backup, though no page of them was changed since by its own word: the disk has lost a write, or something wrote past PostgreSQL"
+            ),
+            StretchesBehindWal { stretches, last_backup } => write!(
+                f,
+                "{stretches} stretches of files that have changed behind WAL's back were backed up as they are; backup {last_backup} has them as they were: keep it (`perennial pin {last_backup} --reason …`), restore it elsewhere and compare"
             ),
             SegmentPushed { name, stored } => write!(f, "pushed {name} ({})", human_bytes(*stored)),
             GenerationClaimed { generation, parent: Some(parent) } => {

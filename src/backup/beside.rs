@@ -74,7 +74,7 @@ pub async fn take(
     let mut found = look(repository.clock().now()).await?;
     let (mut stored, mut pass) = (0, 1);
     let (copied, changing) = loop {
-        let copied = copy::files_only(&task, &found.files_with_marks(), parent.take()).await?;
+        let copied = copy::files_only(&task, &found.files_with_marks(), (parent.take(), None)).await?;
         stored += copied.stored;
         let after = look(repository.clock().now()).await?;
         let changing = found.differences(&after);

@@ -10,6 +10,7 @@ use tokio::task::JoinSet;
 
 use super::UPLOADS;
 use super::changes::FileChanges;
+use super::page_sums::{PageSums, Writer};
 use super::parent::Parent;
 use super::rate::Rate;
 use super::region::{self, Content, Job, Known, Packed, Read};
@@ -20,10 +21,11 @@ use crate::error::{Error, Result};
 use crate::events::{Event, Events};
 use crate::model::{BackupId, ByteSize, Lsn, PackId, WriteId};
 use crate::postgres::control_file::{CONTROL_FILE, CONTROL_FILE_SIZE};
-use crate::postgres::data_dir::{FileItem, Walk};
+use crate::postgres::data_dir::{self, FileItem, Walk};
+use crate::postgres::page::PAGE;
 use crate::postgres::{ControlFile, Version};
 use crate::repository::Repository;
-use crate::repository::manifest::{DAMAGED_MAX, DamagedPage, FileEntry, Patch, REGION, Region};
+use crate::repository::manifest::{DAMAGED_MAX, DamagedPage, FileEntry, Pages, Patch, REGION, Region};
 use crate::repository::pack::{FrameRef, PackBuilder};
 
 /// Regions being read, compressed or waiting for their turn: two more than processors keep both disk and processors
@@ -65,18 +67,30 @@ pub struct Copied {
     pub unread: u64,
     pub damaged: Vec<DamagedPage>,
     pub damaged_pages: u64,
+    /// Where the content is another one than in the last backup though no page says that it was changed: up to as many as
+    /// pages that are damaged, and how many there are.
+    pub behind_wal: Vec<Stretch>,
+    pub stretches_behind_wal: u64,
+}
+
+/// Blocks of a relation that lie side by side in one file.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Stretch {
+    pub file: String,
+    pub first_block: u32,
+    pub last_block: u32,
 }
 
 pub async fn run(
     task: &Task<'_>,
     walk: &Walk,
     outside: &[FileItem],
-    parent: Option<Parent>,
+    (parent, sums): (Option<Parent>, Option<&mut Writer>),
     version: Version,
     events: &Events,
 ) -> Result<Copied> {
     let total = walk.files().map(|file| file.size).sum();
-    let mut copy = Copy::new(task, parent, total, events)?;
+    let mut copy = Copy::new(task, (parent, sums), total, events)?;
     // The control file goes last: it must not be older than anything it describes.
     for file in walk.files().filter(|file| file.path != CONTROL_FILE) {
         copy.file(file, None, None).await?;
@@ -96,10 +110,10 @@ pub async fn run(
 pub async fn files_only(
     task: &Task<'_>,
     files: &[(FileItem, Option<String>)],
-    parent: Option<Parent>,
+    (parent, sums): (Option<Parent>, Option<&mut Writer>),
 ) -> Result<Copied> {
     let events = Events::silent();
-    let mut copy = Copy::new(task, parent, 0, &events)?;
+    let mut copy = Copy::new(task, (parent, sums), 0, &events)?;
     for (file, mark) in files {
         copy.file(file, None, mark.clone()).await?;
     }
@@ -116,7 +130,8 @@ enum Part {
     Whole(FileEntry, Answer<Option<Small>>),
     /// As the last snapshot has it.
     Known(FileEntry),
-    Opens(FileEntry),
+    /// And how many pages it has, if it is made of pages.
+    Opens(FileEntry, u32),
     Region(Answer<Read>),
 }
 
@@ -127,10 +142,12 @@ struct Past {
     pages_since: Option<Lsn>,
     /// Every change of a page has moved its position: without checksums, hints are set behind its back.
     exact: bool,
+    sums: Option<Arc<PageSums>>,
     /// What WAL says has changed, if it does.
     changes: Option<FileChanges>,
     /// Packs that are not named any more.
     left: Arc<BTreeSet<u32>>,
+    compared_only: bool,
 }
 
 impl Past {
@@ -143,8 +160,10 @@ impl Past {
         Some(Known {
             region: region.clone(),
             pages_since: self.pages_since,
-            may_patch: self.exact && same_file,
+            sums: self.sums.as_ref().and_then(|sums| sums.region(&self.entry.path, number)),
+            exact: self.exact && same_file,
             untouched: self.changes.as_ref().is_some_and(|changes| changes.is_untouched(number)),
+            compared_only: self.compared_only,
         })
     }
 }
@@ -153,6 +172,8 @@ struct Copy<'a> {
     task: &'a Task<'a>,
     events: &'a Events,
     parent: Option<Parent>,
+    /// For the next backup.
+    sums: Option<&'a mut Writer>,
     /// The place of each pack in the list.
     numbers: HashMap<PackId, u32>,
     owners: HashMap<u32, Option<String>>,
@@ -169,12 +190,18 @@ struct Copy<'a> {
 }
 
 impl<'a> Copy<'a> {
-    fn new(task: &'a Task<'a>, parent: Option<Parent>, total: u64, events: &'a Events) -> Result<Copy<'a>> {
+    fn new(
+        task: &'a Task<'a>,
+        (parent, sums): (Option<Parent>, Option<&'a mut Writer>),
+        total: u64,
+        events: &'a Events,
+    ) -> Result<Copy<'a>> {
         Ok(Copy {
             workers: Workers::start(in_flight())?,
             task,
             events,
             parent,
+            sums,
             numbers: HashMap::new(),
             owners: HashMap::new(),
             queue: VecDeque::new(),
@@ -208,7 +235,9 @@ impl<'a> Copy<'a> {
         // It may have grown since the walk; what comes after this moment is in WAL.
         let size = open.size()?;
         let birth = open.birth().filter(|_| file.pages_have_lsn);
-        self.push(Part::Opens(FileEntry { size, birth: birth.clone(), ..entry })).await?;
+        let pages = if file.pages_have_lsn && size.is_multiple_of(PAGE as u64) { size / PAGE as u64 } else { 0 };
+        let opens = FileEntry { size, birth: birth.clone(), ..entry };
+        self.push(Part::Opens(opens, u32::try_from(pages).unwrap_or(0))).await?;
         let past = self.past(file);
         let mut offset = 0;
         while offset < size {
@@ -229,13 +258,13 @@ impl<'a> Copy<'a> {
         let source = file.source.clone();
         let (first_block, start, codec) =
             (self.checked_block(file), self.task.start, self.task.repository.descriptor().codec);
-        let (past, has_birth) = (self.past(file), file.pages_have_lsn);
+        let (past, in_pages) = (self.past(file), file.pages_have_lsn);
         let work = move || {
             let Some(open) = UncachedFile::open(&source)? else { return Ok(None) };
             let length = open.size()?.min(REGION) as usize;
-            let birth = open.birth().filter(|_| has_birth);
+            let birth = open.birth().filter(|_| in_pages);
             let known = past.and_then(|past| past.region(0, birth.as_deref()));
-            let job = Job { file: Arc::new(open), offset: 0, length, first_block, start, codec, known };
+            let job = Job { file: Arc::new(open), offset: 0, length, first_block, in_pages, start, codec, known };
             Ok(Some((region::read(&job)?, birth)))
         };
         self.may_read(file.size).await;
@@ -260,8 +289,10 @@ impl<'a> Copy<'a> {
             entry: parent.file(&file.path)?.clone(),
             pages_since: file.pages_have_lsn.then_some(parent.start),
             exact: parent.exact && self.task.data_checksums,
+            sums: parent.page_sums.clone(),
             changes: parent.changes_of(file),
             left: Arc::clone(&parent.left),
+            compared_only: parent.compared_only,
         })
     }
 
@@ -272,6 +303,7 @@ impl<'a> Copy<'a> {
             offset,
             length,
             first_block,
+            in_pages: file.pages_have_lsn,
             start: self.task.start,
             codec: self.task.repository.descriptor().codec,
             known,
@@ -313,7 +345,7 @@ impl<'a> Copy<'a> {
         while self.queue.len() > left {
             let Some(part) = self.queue.pop_front() else { break };
             match part {
-                Part::Opens(entry) => self.copied.files.push(entry),
+                Part::Opens(entry, pages) => self.begin(entry, pages),
                 Part::Known(mut entry) => {
                     let regions = std::mem::take(&mut entry.regions);
                     entry.regions = regions.into_iter().map(|region| self.adopt(region)).collect::<Result<_>>()?;
@@ -325,13 +357,21 @@ impl<'a> Copy<'a> {
                 }
                 Part::Whole(entry, read) => {
                     if let Some((read, birth)) = answer(read).await? {
-                        self.copied.files.push(FileEntry { size: u64::from(read.plain), birth, ..entry });
+                        let pages = read.sums.as_ref().map_or(0, Vec::len) as u32;
+                        self.begin(FileEntry { size: u64::from(read.plain), birth, ..entry }, pages);
                         self.take(read).await?;
                     }
                 }
             }
         }
         Ok(())
+    }
+
+    fn begin(&mut self, entry: FileEntry, pages: u32) {
+        if let Some(sums) = &mut self.sums {
+            sums.file(&entry.path, pages);
+        }
+        self.copied.files.push(entry);
     }
 
     /// Adds a region to the newest file and to the pack.
@@ -347,6 +387,9 @@ impl<'a> Copy<'a> {
         if read.plain == 0 {
             return Ok(());
         }
+        if let Some(sums) = &mut self.sums {
+            sums.region(read.plain / PAGE as u32, read.sums.as_deref());
+        }
         let region = match read.content {
             Content::Same(region) => self.adopt(region)?,
             Content::Whole(packed) => Region::whole(self.add_to_pack(packed).await?, read.plain, read.crc),
@@ -357,6 +400,12 @@ impl<'a> Copy<'a> {
             }
         };
         let Some(file) = self.copied.files.last_mut() else { return Err(Error::internal("a region without a file")) };
+        if let Some(stretch) = stretch(file, read.behind_wal) {
+            self.copied.stretches_behind_wal += 1;
+            if self.copied.behind_wal.len() < DAMAGED_MAX {
+                self.copied.behind_wal.push(stretch);
+            }
+        }
         file.regions.push(region);
         self.copied.damaged_pages += read.damaged.len() as u64;
         let room = DAMAGED_MAX.saturating_sub(self.copied.damaged.len());
@@ -444,7 +493,7 @@ impl<'a> Copy<'a> {
             self.task.repository.clock().sleep(std::time::Duration::from_millis(20)).await;
         }
         let bytes = outcome.map_err(|e| e.context(file.source.display()))?;
-        let read = region::pack(&bytes, self.task.repository.descriptor().codec, None, Vec::new())?;
+        let read = region::pack(&bytes, self.task.repository.descriptor().codec, None, Vec::new(), false)?;
         let entry = self.entry(file, None);
         self.copied.files.push(FileEntry { size: bytes.len() as u64, ..entry });
         self.take(read).await
@@ -460,4 +509,12 @@ impl<'a> Copy<'a> {
         self.events.emit(Event::BackupProgress { done: self.total, total: self.total });
         Ok(self.copied)
     }
+}
+
+/// From the first to the last of these pages of a file's next region.
+fn stretch(file: &FileEntry, pages: Pages) -> Option<Stretch> {
+    let before = file.regions.len() as u64 * REGION / PAGE as u64;
+    let block = |page: u32| data_dir::first_block(&file.path).unwrap_or(0) + before as u32 + page;
+    let (first, last) = (pages.iter().next()?, pages.iter().last()?);
+    Some(Stretch { file: file.path.clone(), first_block: block(first), last_block: block(last) })
 }

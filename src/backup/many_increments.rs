@@ -74,9 +74,9 @@ async fn live(leaves_sparse_packs: bool) -> (u64, u64) {
         if let Some(parent) = parent.as_mut().filter(|_| leaves_sparse_packs) {
             parent.leave_sparse_packs(&repository).await.expect("listed");
         }
-        // Without checksums there are no patches: whole regions alone.
+        // Without the sums of their pages there are no patches: whole regions alone.
         let task = Task { data_checksums: false, ..task(&repository, id, Lsn(lsn), &remains) };
-        let copied = copy::files_only(&task, &items(directory.path()), parent).await.expect("copied");
+        let copied = copy::files_only(&task, &items(directory.path()), (parent, None)).await.expect("copied");
         if number >= SETTLED {
             dearest = dearest.max(copied.stored);
         }

@@ -9,6 +9,7 @@ mod changes;
 mod copy;
 #[cfg(test)]
 mod many_increments;
+mod page_sums;
 mod parent;
 #[cfg(test)]
 mod random_histories;
@@ -21,6 +22,7 @@ mod wait;
 mod workers;
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use crate::disk;
@@ -37,6 +39,8 @@ use crate::repository::manifest::{
 use crate::storage::Body;
 
 use copy::Copied;
+pub use copy::Stretch;
+use page_sums::PageSums;
 use parent::{Descent, Parent};
 use remains::Remains;
 
@@ -74,6 +78,8 @@ pub struct Done {
     pub unread: u64,
     /// Why every page was read; `None` when WAL summaries told what had changed.
     pub every_page: Option<String>,
+    /// What has changed since the last backup though no page says so: some of it by name, and how much there is.
+    pub behind_wal: (Vec<Stretch>, u64),
     /// Why there is no snapshot of a directory beside the database. The backup is sound without it.
     pub failed: Vec<Error>,
 }
@@ -96,10 +102,7 @@ pub async fn run(repository: &Repository, options: &Options, events: &Events) ->
     }
     let (started_at, server_started) = (client.now().await?, client.started().await?);
     let descent = |timeline| Descent { generation: options.generation, timeline, system_id: server.system_id };
-    let look = async |timeline| match options.full {
-        true => Ok(None),
-        false => find_parent(repository, descent(timeline), server_started, events).await,
-    };
+    let look = async |timeline| find_parent(repository, descent(timeline), server_started, options.full, events).await;
     // The server's checkpoint takes a while: the repository is looked at meanwhile.
     let looked = async {
         let newest = check_newest(repository, options.generation);
@@ -119,6 +122,8 @@ pub async fn run(repository: &Repository, options: &Options, events: &Events) ->
     let now = summaries::Moment::beginning(&control, start, server_started);
     let clock_and_events = (repository.clock(), events);
     let announced = Remains::announce(repository, id, since, events);
+    let built_on = parent.as_ref().filter(|parent| !parent.compared_only).map(|parent| (parent.id, parent.full_at));
+    let compared = parent.as_ref().map(|parent| parent.id);
     let (outside, remains, every_page) =
         tokio::try_join!(outside_files(&client, &options.data_dir), announced, async {
             Ok(summaries::ask(&client, server.version, parent.as_mut(), &now, clock_and_events).await)
@@ -127,8 +132,13 @@ pub async fn run(repository: &Repository, options: &Options, events: &Events) ->
     announce(events, id, start, &walk);
     let (data_checksums, max_rate) = (control.data_checksums, options.max_rate);
     let task = copy::Task { repository, id, start, data_checksums, remains: Some(&remains), max_rate };
-    let built_on = parent.as_ref().map(|parent| (parent.id, parent.full_at));
-    let copied = copy::run(&task, &walk, &outside, parent, server.version, events).await?;
+    let own_dir = options.data_dir.join(data_dir::OWN_DIR);
+    if let Some(parent) = &mut parent {
+        parent.page_sums = sums_of(repository, &own_dir, parent.id).await?;
+    }
+    let mut sums = page_sums::Writer::begin(&own_dir, repository.descriptor().repository_id, id);
+    let before_and_now = (parent, sums.as_mut().ok());
+    let copied = copy::run(&task, &walk, &outside, before_and_now, server.version, events).await?;
     if copied.found > 0 {
         events.info(format!("{} were there already, of a backup that did not end", human_bytes(copied.found)));
     }
@@ -138,7 +148,8 @@ pub async fn run(repository: &Repository, options: &Options, events: &Events) ->
     let stopped = client.stop_backup(server.version).await?;
     // The session must live until the stop: a backup ends with the session that began it.
     drop(client);
-    report_damage(&copied, options, events)?;
+    report_damage(&copied, compared, options, events)?;
+    let behind_wal = (copied.behind_wal.clone(), copied.stretches_behind_wal);
     let unread = copied.unread;
 
     let needed = wait::Needed {
@@ -159,10 +170,20 @@ pub async fn run(repository: &Repository, options: &Options, events: &Events) ->
         (started_at, server_started, stopped),
     )
     .await?;
+    if let Err(error) = sums.and_then(page_sums::Writer::keep) {
+        events.warning(format!("the next backup stores what has changed by the megabyte: {error}"));
+    }
     let elapsed = repository.clock().monotonic() - began;
     let read = head.bytes.saturating_sub(unread);
     events.emit(Event::BackupDone { id, read, unread, stored: head.stored, elapsed });
-    Ok(Done { head, elapsed, unread, every_page, failed })
+    Ok(Done { head, elapsed, unread, every_page, behind_wal, failed })
+}
+
+/// What the pages of a backup were, if this disk has kept that: one look for each file there is.
+async fn sums_of(repository: &Repository, own_dir: &Path, backup: BackupId) -> Result<Option<Arc<PageSums>>> {
+    let (own_dir, repository_id) = (own_dir.to_owned(), repository.descriptor().repository_id);
+    let look = move || PageSums::of(&own_dir, repository_id, backup).map(Arc::new);
+    tokio::task::spawn_blocking(look).await.map_err(|e| Error::internal("a reading thread ended").source(e))
 }
 
 /// Snapshots of what lies beside the database. A directory that cannot be read is no reason to have no backup.
@@ -195,18 +216,22 @@ async fn find_parent(
     repository: &Repository,
     descent: Descent,
     server_started: Timestamp,
+    full: bool,
     events: &Events,
 ) -> Result<Option<Parent>> {
     let found = async {
         let mut parent = Parent::find(repository, descent, server_started).await?;
-        if let Some(parent) = &mut parent {
-            parent.leave_sparse_packs(repository).await?;
+        match &mut parent {
+            // A full backup believes nothing that was stored before.
+            Some(parent) if full => parent.compared_only = true,
+            Some(parent) => parent.leave_sparse_packs(repository).await?,
+            None => (),
         }
         Ok::<_, Error>(parent)
     };
     match found.await {
         Err(error) if error.kind() == Kind::Damaged => {
-            events.warning(format!("the last backup cannot be built on, everything is stored anew: {error}"));
+            events.warning(format!("the last backup cannot be read, everything is stored anew: {error}"));
             Ok(None)
         }
         found => found,
@@ -285,7 +310,21 @@ async fn outside_files(client: &Client, data_dir: &Path) -> Result<Vec<FileItem>
     Ok(outside)
 }
 
-fn report_damage(copied: &Copied, options: &Options, events: &Events) -> Result<()> {
+fn report_damage(copied: &Copied, compared: Option<BackupId>, options: &Options, events: &Events) -> Result<()> {
+    for Stretch { file, first_block, last_block } in copied.behind_wal.iter().cloned() {
+        events.emit(Event::ChangedBehindWal { file, first_block, last_block });
+    }
+    if let Some((first, last_backup)) = copied.behind_wal.first().zip(compared) {
+        let stretches = copied.stretches_behind_wal;
+        events.emit(Event::StretchesBehindWal { stretches, last_backup });
+        if options.fail_on_damage {
+            return Err(Error::damaged(format!(
+                "{stretches} stretches of files have changed since backup {last_backup} though no page says so, the first is {} from block {}",
+                first.file, first.first_block
+            ))
+            .hint("restore that backup elsewhere and compare; without --fail-on-damage this one is taken, with what the files hold now"));
+        }
+    }
     for page in &copied.damaged {
         events.emit(Event::PageDamaged { file: page.file.clone(), block: page.block });
     }

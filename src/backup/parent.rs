@@ -6,6 +6,7 @@ use std::sync::Arc;
 use futures::TryStreamExt;
 
 use super::changes::{Changes, FileChanges};
+use super::page_sums::PageSums;
 use super::sparse::{self, Used};
 use crate::error::Result;
 use crate::model::{BackupId, Generation, Lsn, PackId, SystemId, Timeline, Timestamp};
@@ -33,11 +34,15 @@ pub struct Parent {
     /// Every change of a page since then has moved its LSN: checksums were on, and the server has not been down since, when
     /// tools may change pages in place (pg_checksums, pg_rewind).
     pub exact: bool,
+    /// What its pages were, if this disk has kept that.
+    pub page_sums: Option<Arc<PageSums>>,
     /// Of a backup that was read.
     pub head: Option<Box<BackupHead>>,
     /// What has changed since, if WAL tells.
     pub changes: Option<Arc<Changes>>,
     pub packs: Vec<PackId>,
+    /// Nothing of it is named: what was read is compared with it, to find what has changed without saying so.
+    pub compared_only: bool,
     /// Numbers of packs that are not named any more, though they have something: little of them is used.
     pub left: Arc<BTreeSet<u32>>,
     files: HashMap<String, FileEntry>,
@@ -87,9 +92,11 @@ impl Parent {
             full_at: None,
             start,
             exact: false,
+            page_sums: None,
             head: None,
             changes: None,
             packs: Vec::new(),
+            compared_only: false,
             left: Arc::default(),
             files: HashMap::new(),
         }

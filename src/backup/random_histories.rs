@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use super::changes::{BLOCKS, Changes};
 use super::copy::{self, Copied, Task};
+use super::page_sums::{PageSums, Writer};
 use super::parent::Parent;
 use super::remains::{self, Remains};
 use crate::chance::Chance;
@@ -33,6 +34,8 @@ struct Disk {
     chance: Chance,
     /// What summaries would say of WAL since the last backup, in lives that have them.
     said: Option<Vec<Touched>>,
+    /// A page has changed without saying so.
+    rotten: bool,
 }
 
 impl Disk {
@@ -59,7 +62,7 @@ impl Disk {
 
     fn change(&mut self, path: &str) {
         self.lsn += 8;
-        let (lsn, what) = (self.lsn, self.chance.below(9));
+        let (lsn, what) = (self.lsn, self.chance.below(10));
         let mut pages = self.files.remove(path).unwrap_or_default();
         match what {
             // Grows, by pages that were written or by zeros.
@@ -88,12 +91,18 @@ impl Disk {
                     }
                 }
             }
-            // A page rots on the disk: its checksum does not hold any more, and nothing says that it has changed. With
-            // summaries such a page is not even read, and the backup has it as it was.
-            7 => {
+            // A page rots on the disk, or is as it should be again: nothing says that it has changed. Or the disk has lost a write,
+            // and the page is an older one, sound in itself. With summaries such a page is not even read, and the backup has it
+            // as it was.
+            7 | 8 => {
                 if !pages.is_empty() && self.said.is_none() {
                     let block = self.chance.below(pages.len() as u64) as usize;
-                    pages[block][4000] ^= 1;
+                    let old = (1 << 20) + self.chance.below(lsn - (1 << 20));
+                    match what {
+                        7 => pages[block][4000] ^= 1,
+                        _ => pages[block] = self.page(block, old),
+                    }
+                    self.rotten = true;
                 }
             }
             // Dropped, and the path used again by a file whose pages are older than the last backup: CREATE DATABASE by
@@ -234,8 +243,9 @@ async fn live(seed: u64) -> Sum {
     let faulty = Faulty::new(Arc::new(Adapter::memory()));
     let store: Arc<dyn Store> = Arc::new(faulty.clone());
     let (repository, _) = Repository::init(store, Codec::default(), &clock).await.expect("made");
+    let repository_id = repository.descriptor().repository_id;
     let said = (seed % 2 == 1).then(Vec::new);
-    let mut disk = Disk { files: BTreeMap::new(), lsn: 1 << 21, chance: Chance(seed), said };
+    let mut disk = Disk { files: BTreeMap::new(), lsn: 1 << 21, chance: Chance(seed), said, rotten: false };
     std::fs::create_dir_all(directory.path().join("base/5")).expect("made");
     let paths = ["base/5/16384", "base/5/16385", "base/5/16384_vm"];
     let mut kept: Vec<(Copied, BTreeMap<String, Vec<u8>>)> = Vec::new();
@@ -246,10 +256,12 @@ async fn live(seed: u64) -> Sum {
             let path = paths[disk.chance.below(3) as usize];
             disk.change(path);
         }
+        let own = directory.path().join("own");
         let parent = |changes: Option<Arc<Changes>>| {
             let (id, start, copied) = newest.as_ref()?;
             let mut parent = Parent::of(*id, *start, copied);
             parent.changes = changes;
+            parent.page_sums = PageSums::of(&own, repository_id, *id).map(Arc::new);
             Some(parent)
         };
         let mut begun = Vec::new();
@@ -262,8 +274,9 @@ async fn live(seed: u64) -> Sum {
             let lived_for = disk.chance.below(3) as usize;
             faulty.queue(&[vec![Fault::None; lived_for], vec![Fault::Denied; 8]].concat());
             let task = task(&repository, id, start, &found);
-            sum.died +=
-                usize::from(copy::files_only(&task, &items, parent(disk.changes())).await.is_err() || lived_for > 0);
+            let mut sums = Writer::begin(&own, repository_id, id).expect("begun");
+            let before_and_now = (parent(disk.changes()), Some(&mut sums));
+            sum.died += usize::from(copy::files_only(&task, &items, before_and_now).await.is_err() || lived_for > 0);
             faulty.forget();
             // Some of it is written to, and what is left may go, before it is done again.
             match disk.chance.below(4) {
@@ -280,10 +293,17 @@ async fn live(seed: u64) -> Sum {
         assert_eq!(since.is_some(), !begun.is_empty());
         let found = Remains::announce(&repository, id, since, &Events::silent()).await.expect("looked");
         let task = task(&repository, id, start, &found);
-        let copied = copy::files_only(&task, &items, parent(disk.changes())).await.expect("copied");
+        let mut sums = Writer::begin(&own, repository_id, id).expect("begun");
+        let before_and_now = (parent(disk.changes()), Some(&mut sums));
+        let copied = copy::files_only(&task, &items, before_and_now).await.expect("copied");
+        // Now and then what is kept beside the data is lost.
+        if disk.chance.below(9) > 0 {
+            sums.keep().expect("kept");
+        }
         for id in begun.into_iter().chain([id]) {
             repository.backup_ended(id).await.expect("ended");
         }
+        assert!(copied.stretches_behind_wal == 0 || disk.rotten, "seed {seed}: {:?}", copied.behind_wal);
         sum.stored += copied.stored;
         sum.unread += copied.unread;
         sum.found += copied.found;

@@ -6,12 +6,13 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 
+use super::page_sums::RegionSums;
 use crate::disk::UncachedFile;
 use crate::error::Result;
 use crate::model::Lsn;
 use crate::postgres::page::{self, PAGE};
 use crate::repository::codec::Sha256;
-use crate::repository::{Codec, Pages, Region};
+use crate::repository::{Codec, Pages, Region, page_crc};
 
 /// A page that fails its checksum is read again this many times: the server may be writing it right now.
 const REREADS: u32 = 5;
@@ -35,6 +36,8 @@ pub struct Job {
     pub length: usize,
     /// Number of the region's first block, when its pages carry checksums.
     pub first_block: Option<u32>,
+    /// It is of a file made of pages that tell their position.
+    pub in_pages: bool,
     /// Pages changed since this position may be torn: WAL writes them whole.
     pub start: Lsn,
     pub codec: Codec,
@@ -47,19 +50,30 @@ pub struct Known {
     pub region: Region,
     /// Its pages tell when they were changed last; that backup began here.
     pub pages_since: Option<Lsn>,
-    /// The file is the same one as then, and pages change with their position only: those with an older one are as they
-    /// were. Without this a path may have been used again, by a file whose pages are older than the last backup.
-    pub may_patch: bool,
+    /// The CRC of each page that it has there.
+    pub sums: Option<RegionSums>,
+    /// The file is the same one as then, and a page changes with its position only: one with an older position is as it was.
+    /// Otherwise a path may have been used again, by a file whose pages are older than the last backup.
+    pub exact: bool,
     /// WAL says that nothing has written to it since.
     pub untouched: bool,
+    /// It is only looked at whether the content should have changed: a full backup stores everything anew.
+    pub compared_only: bool,
 }
 
 impl Known {
     /// The region, if it need not be read.
     pub fn unread(&self, length: usize) -> Option<&Region> {
         // What WAL says is of the same file; and what is beyond the length it had then is not in that backup.
-        let same = self.untouched && self.may_patch && self.region.plain as usize == length;
+        let same = self.untouched && self.exact && self.region.plain as usize == length;
         same.then_some(&self.region)
+    }
+
+    /// The CRCs of the pages there, if these are really the ones.
+    fn page_sums(&self) -> Option<Vec<u32>> {
+        let sums = self.sums.as_ref()?.read()?;
+        let whole = self.region.plain as usize == sums.len() * PAGE;
+        (whole && page_crc::of_all(&sums) == self.region.crc).then_some(sums)
     }
 }
 
@@ -69,10 +83,15 @@ pub struct Read {
     pub content: Content,
     pub plain: u32,
     pub crc: u32,
+    /// The CRC of each page, as far as it is known.
+    pub sums: Option<Vec<u32>>,
     /// Blocks whose checksum does not hold.
     pub damaged: Vec<u32>,
     /// It was not read: WAL says that it is as the last backup has it.
     pub unread: bool,
+    /// Pages that are not what they were in the last backup and do not say that they were changed since: a write that the disk
+    /// has lost, or one that went past PostgreSQL. Checksums do not show it: an old page is a sound one.
+    pub behind_wal: Pages,
 }
 
 #[derive(Debug)]
@@ -98,9 +117,16 @@ impl Packed {
 }
 
 pub fn read(job: &Job) -> Result<Read> {
-    if let Some(region) = job.known.as_ref().and_then(|known| known.unread(job.length)) {
-        let (plain, crc) = (region.plain, region.crc);
-        return Ok(Read { content: Content::Same(region.clone()), plain, crc, damaged: Vec::new(), unread: true });
+    if let Some((known, region)) = job.known.as_ref().and_then(|known| Some((known, known.unread(job.length)?))) {
+        return Ok(Read {
+            content: Content::Same(region.clone()),
+            plain: region.plain,
+            crc: region.crc,
+            sums: known.page_sums(),
+            damaged: Vec::new(),
+            unread: true,
+            behind_wal: Pages::default(),
+        });
     }
     thread_local! {
         static BUFFER: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
@@ -115,50 +141,89 @@ pub fn read(job: &Job) -> Result<Read> {
             Some(first_block) => check_pages(job, first_block, &mut buffer[..filled])?,
             None => Vec::new(),
         };
-        pack(&buffer, job.codec, job.known.as_ref(), damaged)
+        pack(&buffer, job.codec, job.known.as_ref(), damaged, job.in_pages)
     })
 }
 
 /// Packs bytes that are in memory, or finds that the last backup has them.
-pub fn pack(plain: &[u8], codec: Codec, known: Option<&Known>, damaged: Vec<u32>) -> Result<Read> {
-    let crc = crc32c::crc32c(plain);
+pub fn pack(plain: &[u8], codec: Codec, known: Option<&Known>, damaged: Vec<u32>, in_pages: bool) -> Result<Read> {
+    let sums = in_pages.then(|| page_crc::of_pages(plain)).flatten();
+    let crc = sums.as_ref().map_or_else(|| crc32c::crc32c(plain), |sums| page_crc::of_all(sums));
     // What is damaged is stored as it is: neither the last backup nor the page's own word tells what it was.
     let usable = known.filter(|known| known.region.plain as usize == plain.len() && damaged.is_empty());
-    let content = match usable {
-        Some(known) => compare(plain, crc, codec, known)?,
+    let changes = usable.zip(sums.as_deref()).and_then(|(known, sums)| Changes::of(plain, crc, sums, known));
+    let behind_wal = changes.as_ref().map_or(Pages::default(), |changes| changes.unsaid);
+    let content = match usable.filter(|known| !known.compared_only) {
+        Some(known) => compare(plain, codec, known, changes)?,
         None => Content::Whole(Packed::of(plain, codec)?),
     };
-    Ok(Read { content, plain: plain.len() as u32, crc, damaged, unread: false })
+    Ok(Read { content, plain: plain.len() as u32, crc, sums, damaged, unread: false, behind_wal })
 }
 
-fn compare(plain: &[u8], crc: u32, codec: Codec, known: &Known) -> Result<Content> {
-    let (pages, rest) = plain.as_chunks::<PAGE>();
-    let Some(since) = known.pages_since.filter(|_| rest.is_empty()) else {
-        // Nothing in it says when it changed: only the same bytes are the same.
-        let packed = Packed::of(plain, codec)?;
-        let same = known.region.patches.is_empty() && packed.sha256 == known.region.frame.sha256;
-        return Ok(if same { Content::Same(known.region.clone()) } else { Content::Whole(packed) });
-    };
-    let (mut changed, mut unknown) = (Pages::default(), Pages::default());
-    for (number, page) in (0u32..).zip(pages) {
-        match page::lsn(page) {
-            // Never written, zeroed, or of an index that was built without WAL: nothing says since when.
-            lsn if lsn < FIRST => unknown.add(number),
-            lsn if lsn >= since => changed.add(number),
-            _ => (),
+/// How a region differs from what the last backup has.
+struct Changes {
+    /// Its bytes are the same.
+    none: bool,
+    /// All pages that are other ones, if that is known.
+    pages: Option<Pages>,
+    /// Those of them that should have said so and did not.
+    unsaid: Pages,
+}
+
+impl Changes {
+    /// `None` when the pages say nothing of their changes.
+    fn of(plain: &[u8], crc: u32, sums: &[u32], known: &Known) -> Option<Changes> {
+        let since = known.pages_since?;
+        let (mut said, mut silent) = (Pages::default(), Pages::default());
+        for (number, page) in (0u32..).zip(plain.as_chunks::<PAGE>().0) {
+            match page::lsn(page) {
+                // Never written, zeroed, or of an index that was built without WAL: nothing says since when.
+                lsn if lsn < FIRST => silent.add(number),
+                lsn if lsn >= since => said.add(number),
+                _ => (),
+            }
         }
+        let none = said.is_empty() && crc == known.region.crc;
+        let differ = known.page_sums().map(|before| differing(sums, &before));
+        // Without the sums of the last backup it may be any page, if it is not one of those that say so.
+        let any =
+            if none || !said.with(silent).is_empty() { Pages::default() } else { Pages::first(sums.len() as u32) };
+        let unsaid = differ.map_or(any, |differ| differ.without(said).without(silent));
+        Some(Changes {
+            none,
+            // Of pages that differ a CRC overlooks one in four billion; not those that say it themselves.
+            pages: differ.map(|differ| differ.with(said)),
+            unsaid: if known.exact { unsaid } else { Pages::default() },
+        })
     }
-    if changed.is_empty() && crc == known.region.crc {
-        return Ok(Content::Same(known.region.clone()));
+}
+
+fn differing(sums: &[u32], before: &[u32]) -> Pages {
+    let mut pages = Pages::default();
+    let pairs = (0u32..).zip(sums.iter().zip(before));
+    pairs.filter(|(_, (now, then))| now != then).for_each(|(number, _)| pages.add(number));
+    pages
+}
+
+fn compare(plain: &[u8], codec: Codec, known: &Known, changes: Option<Changes>) -> Result<Content> {
+    let region = &known.region;
+    let Some(changes) = changes else {
+        // Only the same bytes are the same.
+        let packed = Packed::of(plain, codec)?;
+        let same = region.patches.is_empty() && packed.sha256 == region.frame.sha256;
+        return Ok(if same { Content::Same(region.clone()) } else { Content::Whole(packed) });
+    };
+    if changes.none {
+        return Ok(Content::Same(region.clone()));
     }
-    let changed = changed.with(unknown);
-    let patched: u32 = known.region.patches.iter().map(|patch| patch.pages.count()).sum();
-    let fits = known.region.patches.len() < PATCHES_MAX && patched + changed.count() <= PATCHED_PAGES_MAX;
-    if !(known.may_patch && fits && !changed.is_empty()) {
-        return Ok(Content::Whole(Packed::of(plain, codec)?));
-    }
-    let content: Vec<u8> = changed.iter().flat_map(|number| pages[number as usize]).collect();
-    Ok(Content::Patch(known.region.clone(), Packed::of(&content, codec)?, changed))
+    let patched: u32 = region.patches.iter().map(|patch| patch.pages.count()).sum();
+    let fits = |pages: &Pages| {
+        region.patches.len() < PATCHES_MAX && !pages.is_empty() && patched + pages.count() <= PATCHED_PAGES_MAX
+    };
+    let Some(pages) = changes.pages.filter(fits) else { return Ok(Content::Whole(Packed::of(plain, codec)?)) };
+    let (all, _) = plain.as_chunks::<PAGE>();
+    let content: Vec<u8> = pages.iter().flat_map(|number| all[number as usize]).collect();
+    Ok(Content::Patch(region.clone(), Packed::of(&content, codec)?, pages))
 }
 
 fn check_pages(job: &Job, first_block: u32, bytes: &mut [u8]) -> Result<Vec<u32>> {
@@ -173,6 +238,7 @@ fn check_pages(job: &Job, first_block: u32, bytes: &mut [u8]) -> Result<Vec<u32>
     }
     Ok(damaged)
 }
+
 /// A page is sound when its checksum holds, or when it was changed after the backup began.
 fn is_sound(page: &[u8; PAGE], block: u32, start: Lsn) -> bool {
     page::is_intact(page, block) || page::lsn(page) >= start

@@ -101,7 +101,9 @@ pub async fn ask(
     now: &Moment,
     (clock, events): (&Clock, &Events),
 ) -> Option<String> {
-    let Some(parent) = parent else { return Some("it builds on no other backup".to_owned()) };
+    let Some(parent) = parent.filter(|parent| !parent.compared_only) else {
+        return Some("it builds on no other backup".to_owned());
+    };
     match gather(client, version, parent, now, (clock, events)).await {
         Ok(changes) => {
             parent.changes = Some(Arc::new(changes));

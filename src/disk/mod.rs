@@ -33,6 +33,12 @@ pub fn write_note(path: &Path, content: &[u8]) -> Result<()> {
     std::fs::write(path, content).on("write", path)
 }
 
+/// Gives such a note its name.
+#[allow(clippy::disallowed_methods, reason = "the one place for files that need not survive a crash")]
+pub fn rename_note(from: &Path, to: &Path) -> Result<()> {
+    std::fs::rename(from, to).on("rename to", to)
+}
+
 /// Renames within one filesystem and makes the new name durable. The content must have been synced before.
 #[allow(clippy::disallowed_methods, reason = "this is the crash-safe rename")]
 pub fn durable_rename(from: &Path, to: &Path) -> Result<()> {
@@ -66,8 +72,8 @@ pub fn is_vacant_but(directory: &Path, passes: impl Fn(&str) -> bool) -> Result<
     Ok(true)
 }
 
-/// Tells the kernel that a part of a file will not be read again soon; what of it is dirty begins to be written back. Only a
-/// wish: errors show in the sync.
+/// Tells the kernel that a part of a file will not be read again soon. Only a wish. For what was just written it is a dear one: such
+/// pages stay, and looking for them took half of a restore's processor time.
 pub fn drop_from_cache(file: &File, offset: u64, length: usize) {
     if let Some(length) = std::num::NonZeroU64::new(length as u64) {
         let _ = rustix::fs::fadvise(file, offset, Some(length), rustix::fs::Advice::DontNeed);

@@ -309,7 +309,7 @@ fn is_temporary_relation(name: &str) -> bool {
 }
 
 /// For a file made of checksummed pages: the number of its first block.
-fn first_block(path: &str) -> Option<u32> {
+pub fn first_block(path: &str) -> Option<u32> {
     let (directory, name) = path.rsplit_once('/')?;
     if !holds_relations(directory) || NOT_PAGES.contains(&name) || relation_number(name).is_none() {
         return None;

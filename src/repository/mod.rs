@@ -17,6 +17,7 @@ pub mod log;
 pub mod manifest;
 pub mod origin;
 pub mod pack;
+pub mod page_crc;
 mod prune;
 pub mod reach;
 mod records;

@@ -1,31 +1,10 @@
 //! CRC-32C of a region that several frames make up, in whatever order they come: CRCs of its parts, each moved to its
 //! place, add up to that of the whole.
 
-use std::sync::LazyLock;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use crate::postgres::page::PAGE;
-use crate::repository::manifest::REGION;
-
-/// Pages of a region.
-const PAGES: usize = REGION as usize / PAGE;
-
-/// What so many pages of zeros behind it make of a CRC, as a matrix over bits: its columns. Moving by this is some hundred
-/// times cheaper than combining anew for every page.
-static MOVES: LazyLock<Vec<[u32; 32]>> = LazyLock::new(|| {
-    let mut moves = vec![std::array::from_fn(|bit| 1 << bit)];
-    let page: [u32; 32] = std::array::from_fn(|bit| crc32c::crc32c_combine(1 << bit, 0, PAGE));
-    for pages in 0..PAGES {
-        let next = moves[pages].map(|column| apply(&page, column));
-        moves.push(next);
-    }
-    moves
-});
-
-fn apply(columns: &[u32; 32], crc: u32) -> u32 {
-    let bits = columns.iter().enumerate().filter(|(bit, _)| crc >> bit & 1 == 1);
-    bits.fold(0, |sum, (_, column)| sum ^ column)
-}
+use crate::repository::page_crc::placed;
 
 #[derive(Debug)]
 pub struct Sum {
@@ -43,7 +22,7 @@ impl Sum {
     /// Takes up whole pages of the region.
     pub fn add(&self, at: usize, bytes: &[u8]) {
         let behind = (self.plain - at - bytes.len()) / PAGE;
-        self.so_far.fetch_xor(apply(&MOVES[behind], crc32c::crc32c(bytes)), Ordering::Relaxed);
+        self.so_far.fetch_xor(placed(crc32c::crc32c(bytes), behind), Ordering::Relaxed);
     }
 
     /// Bytes of the region.
@@ -76,6 +55,8 @@ pub enum Filled {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::repository::manifest::REGION;
+    use crate::repository::page_crc::PAGES;
 
     #[test]
     fn parts_in_any_order_add_up_to_the_whole() {

@@ -171,6 +171,51 @@ fn a_damaged_page_is_reported_by_file_and_block_and_fails_only_when_asked() {
 }
 
 #[test]
+fn a_write_that_the_disk_has_lost_is_noticed_by_the_next_backup_full_or_not() {
+    let scratch = Scratch::new();
+    let bucket = Bucket::directory(&scratch);
+    let mut machine = Machine::new(&scratch, "a", &bucket);
+    machine.start(&["--init"]).ready().with_backup();
+    machine.sql("CREATE TABLE t AS SELECT n AS id, repeat('z', 100) AS text FROM generate_series(1, 20000) n");
+    let file = machine.sql("SELECT pg_relation_filepath('t')");
+    machine.sql("VACUUM FREEZE t");
+    machine.sql("CHECKPOINT");
+    let path = machine.data_dir().join(&file);
+    let disk = std::fs::OpenOptions::new().read(true).write(true).open(&path).expect("opened");
+    let mut before = [0; 8192];
+    disk.read_exact_at(&mut before, 200 * 8192).expect("read");
+    machine.sql("UPDATE t SET text = 'new' WHERE ctid = '(200,1)'");
+    machine.sql("CHECKPOINT");
+    let data = machine.data_dir();
+    let arguments = ["backup", "-D", data.to_str().expect("text")];
+    let with_the_row = bucket.json(&arguments);
+    assert_eq!(with_the_row["stretches_behind_wal"], 0, "{with_the_row}");
+    // The page is what it was before, sound in itself: no checksum tells. Another one beside it has changed as it should.
+    disk.write_all_at(&before, 200 * 8192).expect("written");
+    machine.sql("UPDATE t SET text = 'other' WHERE ctid = '(201,1)'");
+    machine.sql("CHECKPOINT");
+    let said = bucket.must_fail(&[&arguments[..], &["--fail-on-damage"]].concat(), DAMAGED);
+    assert!(said.contains(&format!("{file} from block 200")), "{said}");
+    assert!(said.contains(with_the_row["backup"]["id"].as_str().expect("an id")), "{said}");
+    let stretch = serde_json::json!({ "file": file, "first_block": 200, "last_block": 200 });
+    let said = bucket.must_fail(&[&arguments[..], &["--full", "--fail-on-damage"]].concat(), DAMAGED);
+    assert!(said.contains(&format!("{file} from block 200")), "{said}");
+    let report = bucket.json(&arguments);
+    assert_eq!(report["stretches_behind_wal"], 1, "{report}");
+    assert_eq!(report["behind_wal"][0], stretch);
+    assert_eq!(report["backup"]["damaged_pages"], 0);
+    // What is there now is what the next one compares with.
+    assert_eq!(bucket.json(&arguments)["stretches_behind_wal"], 0);
+    let restored = scratch.dir("restored").join("data");
+    let id = report["backup"]["id"].as_str().expect("an id");
+    bucket.must(&["restore", "-D", restored.to_str().expect("text"), "--backup", id, "--immediate"]);
+    let mut now = [0; 8192];
+    let copy = std::fs::File::open(restored.join(&file)).expect("opened");
+    copy.read_exact_at(&mut now, 200 * 8192).expect("read");
+    assert_eq!(now, before, "to the byte what was read");
+}
+
+#[test]
 fn a_server_that_does_not_archive_is_not_backed_up() {
     let scratch = Scratch::new();
     let bucket = Bucket::directory(&scratch);

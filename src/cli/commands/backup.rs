@@ -55,6 +55,8 @@ pub fn run(setup: &Setup, args: args::Backup) -> Result<i32> {
                 "unread_bytes": done.unread,
                 "changes_from": if done.every_page.is_none() { "wal_summaries" } else { "pages" },
                 "why_pages": done.every_page,
+                "behind_wal": behind_wal(&done.behind_wal.0),
+                "stretches_behind_wal": done.behind_wal.1,
             }))?;
         } else {
             let unread = match done.unread {
@@ -71,4 +73,15 @@ pub fn run(setup: &Setup, args: args::Backup) -> Result<i32> {
         // The backup is there; what was asked for besides is not.
         done.failed.into_iter().next().map_or(Ok(0), Err)
     })
+}
+
+fn behind_wal(stretches: &[backup::Stretch]) -> serde_json::Value {
+    let one = |stretch: &backup::Stretch| {
+        serde_json::json!({
+            "file": stretch.file,
+            "first_block": stretch.first_block,
+            "last_block": stretch.last_block,
+        })
+    };
+    stretches.iter().map(one).collect()
 }
