@@ -298,7 +298,7 @@ impl fmt::Display for Event {
             ),
             ChangedBehindWal { file, first_block, last_block } => write!(
                 f,
-                "{file}, blocks {first_block} to {last_block}: not as in the last backup, though no page of them was changed since by its own word: the disk has lost a write, or something wrote past PostgreSQL"
+                "{file}, in blocks {first_block} to {last_block}: other content than in the last backup, though no page says that it was changed since: the disk has lost a write, something wrote past PostgreSQL, or an extension changes pages without WAL"
             ),
             StretchesBehindWal { stretches, last_backup } => write!(
                 f,

@@ -25,7 +25,7 @@ use crate::postgres::data_dir::{self, FileItem, Walk};
 use crate::postgres::page::PAGE;
 use crate::postgres::{ControlFile, Version};
 use crate::repository::Repository;
-use crate::repository::manifest::{DAMAGED_MAX, DamagedPage, FileEntry, Pages, Patch, REGION, Region};
+use crate::repository::manifest::{DAMAGED_MAX, DamagedPage, FileEntry, Patch, REGION, Region};
 use crate::repository::pack::{FrameRef, PackBuilder};
 
 /// Regions being read, compressed or waiting for their turn: two more than processors keep both disk and processors
@@ -154,16 +154,14 @@ impl Past {
     fn region(&self, number: u64, birth: Option<&str>) -> Option<Known> {
         let same_file = birth.is_some() && birth == self.entry.birth.as_deref();
         let region = self.entry.regions.get(usize::try_from(number).ok()?)?;
-        if region.is_in_any(&self.left) {
-            return None;
-        }
         Some(Known {
             region: region.clone(),
             pages_since: self.pages_since,
             sums: self.sums.as_ref().and_then(|sums| sums.region(&self.entry.path, number)),
             exact: self.exact && same_file,
             untouched: self.changes.as_ref().is_some_and(|changes| changes.is_untouched(number)),
-            compared_only: self.compared_only,
+            begins_relation: number == 0 && data_dir::first_block(&self.entry.path) == Some(0),
+            compared_only: self.compared_only || region.is_in_any(&self.left),
         })
     }
 }
@@ -400,10 +398,10 @@ impl<'a> Copy<'a> {
             }
         };
         let Some(file) = self.copied.files.last_mut() else { return Err(Error::internal("a region without a file")) };
-        if let Some(stretch) = stretch(file, read.behind_wal) {
+        for pages in read.behind_wal.runs() {
             self.copied.stretches_behind_wal += 1;
             if self.copied.behind_wal.len() < DAMAGED_MAX {
-                self.copied.behind_wal.push(stretch);
+                self.copied.behind_wal.push(stretch(file, pages));
             }
         }
         file.regions.push(region);
@@ -512,9 +510,8 @@ impl<'a> Copy<'a> {
 }
 
 /// From the first to the last of these pages of a file's next region.
-fn stretch(file: &FileEntry, pages: Pages) -> Option<Stretch> {
-    let before = file.regions.len() as u64 * REGION / PAGE as u64;
-    let block = |page: u32| data_dir::first_block(&file.path).unwrap_or(0) + before as u32 + page;
-    let (first, last) = (pages.iter().next()?, pages.iter().last()?);
-    Some(Stretch { file: file.path.clone(), first_block: block(first), last_block: block(last) })
+fn stretch(file: &FileEntry, (first, last): (u32, u32)) -> Stretch {
+    let before = (file.regions.len() as u64 * REGION / PAGE as u64) as u32;
+    let begin = data_dir::first_block(&file.path).unwrap_or(0) + before;
+    Stretch { file: file.path.clone(), first_block: begin + first, last_block: begin + last }
 }

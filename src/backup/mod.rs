@@ -21,6 +21,7 @@ mod summaries;
 mod wait;
 mod workers;
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -46,7 +47,8 @@ use remains::Remains;
 
 /// Packs on their way at once. Memory budget of a backup, under 128 MB: one pack being filled and these, 48 MB, and up
 /// to [`copy::IN_FLIGHT_MAX`] threads with 5 MB each; after one that was cut off also what that has left ([`remains`]), 36 MB at
-/// most. What the last backup has of each region comes on top, about 100 bytes for each megabyte of files.
+/// most. What the last backup has comes on top, about
+/// 100 bytes for each megabyte of files and some hundred for each file.
 pub const UPLOADS: usize = 2;
 
 #[derive(Debug, Clone)]
@@ -314,31 +316,33 @@ fn report_damage(copied: &Copied, compared: Option<BackupId>, options: &Options,
     for Stretch { file, first_block, last_block } in copied.behind_wal.iter().cloned() {
         events.emit(Event::ChangedBehindWal { file, first_block, last_block });
     }
-    if let Some((first, last_backup)) = copied.behind_wal.first().zip(compared) {
-        let stretches = copied.stretches_behind_wal;
-        events.emit(Event::StretchesBehindWal { stretches, last_backup });
-        if options.fail_on_damage {
-            return Err(Error::damaged(format!(
-                "{stretches} stretches of files have changed since backup {last_backup} though no page says so, the first is {} from block {}",
-                first.file, first.first_block
-            ))
-            .hint("restore that backup elsewhere and compare; without --fail-on-damage this one is taken, with what the files hold now"));
-        }
-    }
     for page in &copied.damaged {
         events.emit(Event::PageDamaged { file: page.file.clone(), block: page.block });
     }
-    let Some(first) = copied.damaged.first() else { return Ok(()) };
-    if options.fail_on_damage {
-        return Err(Error::damaged(format!(
+    let behind = copied.behind_wal.first().zip(compared);
+    match (copied.damaged.first(), behind) {
+        (Some(first), _) if options.fail_on_damage => Err(Error::damaged(format!(
             "{} pages fail their checksum, the first is {} block {}",
             copied.damaged_pages, first.file, first.block
         ))
-        .hint("find what they hold with pg_amcheck; without --fail-on-damage the backup is taken and the pages are listed in it"));
+        .hint("find what they hold with pg_amcheck; without --fail-on-damage the backup is taken and the pages are listed in it")),
+        (_, Some((first, last_backup))) if options.fail_on_damage => Err(Error::damaged(format!(
+            "{} stretches of files have changed since backup {last_backup} though no page says so, the first is {} from block {}",
+            copied.stretches_behind_wal, first.file, first.first_block
+        ))
+        .hint("restore that backup elsewhere and compare; without --fail-on-damage this one is taken, with what the files hold now")),
+        (damaged, behind) => {
+            if let Some((_, last_backup)) = behind {
+                let stretches = copied.stretches_behind_wal;
+                events.emit(Event::StretchesBehindWal { stretches, last_backup });
+            }
+            if damaged.is_some() {
+                let files: BTreeSet<&str> = copied.damaged.iter().map(|page| page.file.as_str()).collect();
+                events.emit(Event::PagesDamaged { files: files.len() as u64, pages: copied.damaged_pages });
+            }
+            Ok(())
+        }
     }
-    let files: std::collections::BTreeSet<&str> = copied.damaged.iter().map(|page| page.file.as_str()).collect();
-    events.emit(Event::PagesDamaged { files: files.len() as u64, pages: copied.damaged_pages });
-    Ok(())
 }
 
 async fn commit(

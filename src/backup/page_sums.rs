@@ -1,5 +1,5 @@
-//! The CRC-32C of every page that the last backup has, in a file beside the data on the same disk: half a gigabyte for a
-//! terabyte.
+//! The CRC-32C of every page of tables and indexes that the last backup has, in a file beside the data on the same disk: half
+//! a gigabyte for a terabyte, and while a backup runs as much again.
 //!
 //! With it a backup knows which pages of a region are others than in the last one, whatever the pages say of themselves, so
 //! that a patch over what is stored is what was read, to the byte. Whoever has no such file, or one of another backup, stores
@@ -7,7 +7,8 @@
 
 use std::collections::HashMap;
 use std::fs::{File, OpenOptions};
-use std::io::{BufWriter, Write};
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::io::{BufReader, BufWriter, Read, Write};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -21,6 +22,8 @@ const NAME: &str = "page-sums";
 const UNFINISHED: &str = ".tmp";
 const MAGIC: &[u8; 8] = b"PPAGES01";
 
+const BUFFER: usize = 256 << 10;
+
 /// In place of a path's length: all is said.
 const END: u16 = u16::MAX;
 
@@ -29,34 +32,41 @@ fn title(repository: RepositoryId, backup: BackupId) -> String {
     format!("{repository} {backup}")
 }
 
+/// What a file's path is remembered as. Should two be the same, the sums do not add up to what the manifest says.
+fn key(path: &str) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    path.hash(&mut hasher);
+    hasher.finish()
+}
+
 /// Those of one backup.
 #[derive(Debug)]
 pub struct PageSums {
     file: Arc<File>,
     /// Where those of a file begin, and how many they are.
-    places: HashMap<String, (u64, u32)>,
+    places: HashMap<u64, (u64, u32)>,
 }
 
 impl PageSums {
     /// `None` when there are none of that backup, or not all.
     pub fn of(directory: &Path, repository: RepositoryId, backup: BackupId) -> Option<PageSums> {
         let file = File::open(directory.join(NAME)).ok()?;
-        let mut reader = Reader { file: &file, at: 0 };
+        let mut reader = Reader { file: BufReader::new(&file), at: 0 };
         if reader.take(MAGIC.len())? != MAGIC || reader.text()?? != title(repository, backup) {
             return None;
         }
         let mut places = HashMap::new();
         while let Some(path) = reader.text()? {
             let pages = reader.number()?;
-            places.insert(path, (reader.at, pages));
-            reader.at += 4 * u64::from(pages);
+            places.insert(key(&path), (reader.at, pages));
+            reader.pass(4 * u64::from(pages))?;
         }
         Some(PageSums { file: Arc::new(file), places })
     }
 
     /// Where those of a region are, if they are there.
     pub fn region(&self, path: &str, number: u64) -> Option<RegionSums> {
-        let (begin, pages) = *self.places.get(path)?;
+        let (begin, pages) = *self.places.get(&key(path))?;
         let first = number.checked_mul(PAGES as u64)?;
         let count = u64::from(pages).checked_sub(first)?.min(PAGES as u64);
         Some(RegionSums { file: Arc::clone(&self.file), at: begin + 4 * first, count: count as usize })
@@ -82,16 +92,22 @@ impl RegionSums {
 }
 
 struct Reader<'a> {
-    file: &'a File,
+    file: BufReader<&'a File>,
     at: u64,
 }
 
 impl Reader<'_> {
     fn take(&mut self, length: usize) -> Option<Vec<u8>> {
         let mut bytes = vec![0; length];
-        self.file.read_exact_at(&mut bytes, self.at).ok()?;
+        self.file.read_exact(&mut bytes).ok()?;
         self.at += length as u64;
         Some(bytes)
+    }
+
+    fn pass(&mut self, length: u64) -> Option<()> {
+        self.file.seek_relative(i64::try_from(length).ok()?).ok()?;
+        self.at += length;
+        Some(())
     }
 
     /// A text after its length; nothing at the end.
@@ -99,6 +115,8 @@ impl Reader<'_> {
         let length = self.take(2)?;
         match u16::from_le_bytes([length[0], length[1]]) {
             END => Some(None),
+            // What a crash has left of a file.
+            0 => None,
             length => String::from_utf8(self.take(length.into())?).ok().map(Some),
         }
     }
@@ -125,7 +143,7 @@ impl Writer {
         remove_unfinished(directory)?;
         let unfinished = directory.join(format!("{NAME}-{backup}{UNFINISHED}"));
         let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&unfinished);
-        let out = BufWriter::new(file.on("create", &unfinished)?);
+        let out = BufWriter::with_capacity(BUFFER, file.on("create", &unfinished)?);
         let mut writer = Writer { directory: directory.to_owned(), unfinished, out, left: 0, outcome: Ok(()) };
         writer.put(MAGIC);
         writer.text(&title(repository, backup));
@@ -174,10 +192,13 @@ impl Writer {
         self.put(text.as_bytes());
     }
 
-    /// What goes wrong is told in the end: a backup does not fail for it.
+    /// What goes wrong is told in the end: a backup does not fail for it. On a full disk the room is given back at once.
     fn put(&mut self, bytes: &[u8]) {
         if self.outcome.is_ok() {
             self.outcome = self.out.write_all(bytes);
+            if self.outcome.is_err() {
+                let _ = self.out.get_ref().set_len(0);
+            }
         }
     }
 }

@@ -57,7 +57,10 @@ pub struct Known {
     pub exact: bool,
     /// WAL says that nothing has written to it since.
     pub untouched: bool,
-    /// It is only looked at whether the content should have changed: a full backup stores everything anew.
+    /// The relation begins with it.
+    pub begins_relation: bool,
+    /// It is only looked at whether the content should have changed: it is stored anew, because the backup is a full one, or
+    /// leaves the packs behind that have it.
     pub compared_only: bool,
 }
 
@@ -65,8 +68,12 @@ impl Known {
     /// The region, if it need not be read.
     pub fn unread(&self, length: usize) -> Option<&Region> {
         // What WAL says is of the same file; and what is beyond the length it had then is not in that backup.
-        let same = self.untouched && self.exact && self.region.plain as usize == length;
+        let same = self.untouched && self.exact && !self.compared_only && self.has_length(length);
         same.then_some(&self.region)
+    }
+
+    fn has_length(&self, length: usize) -> bool {
+        self.region.plain as usize == length
     }
 
     /// The CRCs of the pages there, if these are really the ones.
@@ -122,7 +129,8 @@ pub fn read(job: &Job) -> Result<Read> {
             content: Content::Same(region.clone()),
             plain: region.plain,
             crc: region.crc,
-            sums: known.page_sums(),
+            // Whoever uses them looks whether they are the ones.
+            sums: known.sums.as_ref().and_then(RegionSums::read),
             damaged: Vec::new(),
             unread: true,
             behind_wal: Pages::default(),
@@ -150,17 +158,17 @@ pub fn pack(plain: &[u8], codec: Codec, known: Option<&Known>, damaged: Vec<u32>
     let sums = in_pages.then(|| page_crc::of_pages(plain)).flatten();
     let crc = sums.as_ref().map_or_else(|| crc32c::crc32c(plain), |sums| page_crc::of_all(sums));
     // What is damaged is stored as it is: neither the last backup nor the page's own word tells what it was.
-    let usable = known.filter(|known| known.region.plain as usize == plain.len() && damaged.is_empty());
-    let changes = usable.zip(sums.as_deref()).and_then(|(known, sums)| Changes::of(plain, crc, sums, known));
+    let known = known.filter(|_| damaged.is_empty());
+    let changes = known.zip(sums.as_deref()).and_then(|(known, sums)| Changes::of(plain, crc, sums, known));
     let behind_wal = changes.as_ref().map_or(Pages::default(), |changes| changes.unsaid);
-    let content = match usable.filter(|known| !known.compared_only) {
+    let content = match known.filter(|known| !known.compared_only && known.has_length(plain.len())) {
         Some(known) => compare(plain, codec, known, changes)?,
         None => Content::Whole(Packed::of(plain, codec)?),
     };
     Ok(Read { content, plain: plain.len() as u32, crc, sums, damaged, unread: false, behind_wal })
 }
 
-/// How a region differs from what the last backup has.
+/// How a region differs from what the last backup has, as far as that reaches.
 struct Changes {
     /// Its bytes are the same.
     none: bool,
@@ -180,14 +188,17 @@ impl Changes {
                 // Never written, zeroed, or of an index that was built without WAL: nothing says since when.
                 lsn if lsn < FIRST => silent.add(number),
                 lsn if lsn >= since => said.add(number),
+                // An index keeps there what it may lose: SP-GiST writes its meta page without WAL (SpGistUpdateMetaPage, spgutils.c).
+                _ if number == 0 && known.begins_relation && page::has_special_area(page) => silent.add(number),
                 _ => (),
             }
         }
-        let none = said.is_empty() && crc == known.region.crc;
+        let same_length = known.has_length(plain.len());
+        let none = same_length && said.is_empty() && crc == known.region.crc;
         let differ = known.page_sums().map(|before| differing(sums, &before));
         // Without the sums of the last backup it may be any page, if it is not one of those that say so.
-        let any =
-            if none || !said.with(silent).is_empty() { Pages::default() } else { Pages::first(sums.len() as u32) };
+        let unclear = same_length && !none && said.with(silent).is_empty();
+        let any = if unclear { Pages::first(sums.len() as u32) } else { Pages::default() };
         let unsaid = differ.map_or(any, |differ| differ.without(said).without(silent));
         Some(Changes {
             none,
@@ -198,6 +209,7 @@ impl Changes {
     }
 }
 
+/// Pages that are others than they were, of those that both have.
 fn differing(sums: &[u32], before: &[u32]) -> Pages {
     let mut pages = Pages::default();
     let pairs = (0u32..).zip(sums.iter().zip(before));

@@ -275,7 +275,7 @@ pub struct Backup {
     /// How many bytes a second to read at most: 50MB; what is sent is less of it [default: no bound]
     #[arg(long, value_name = "SIZE", env = "PERENNIAL_MAX_RATE", hide_env_values = true)]
     pub max_rate: Option<ByteSize>,
-    /// Fail when a page's checksum does not hold, instead of reporting it
+    /// Fail when a page's checksum does not hold, or it has changed without saying so, instead of reporting it
     #[arg(long)]
     pub fail_on_damage: bool,
     /// How long to wait for the backup's WAL to reach the repository

@@ -27,6 +27,11 @@ pub fn lsn(page: &[u8; PAGE]) -> Lsn {
     Lsn(half(0) << 32 | half(4))
 }
 
+/// Whether its access method keeps something of its own at its end, as indexes and sequences do and tables do not.
+pub fn has_special_area(page: &[u8; PAGE]) -> bool {
+    usize::from(u16::from_le_bytes([page[16], page[17]])) < PAGE
+}
+
 /// A page with nothing on it, as `PageInit` leaves it, without a checksum: unlike zeros it counts as one that was written.
 pub fn empty() -> [u8; PAGE] {
     const HEADER: u16 = 24;

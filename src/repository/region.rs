@@ -59,6 +59,12 @@ impl Pages {
     pub fn iter(self) -> impl Iterator<Item = u32> {
         (0..u128::BITS).filter(move |page| self.has(*page))
     }
+
+    /// The first and the last of those that lie side by side.
+    pub fn runs(self) -> impl Iterator<Item = (u32, u32)> {
+        let begins = self.iter().filter(move |page| *page == 0 || !self.has(page - 1));
+        begins.map(move |first| (first, (first..u128::BITS).take_while(|page| self.has(*page)).last().unwrap_or(first)))
+    }
 }
 
 /// Pages that changed, one after the other in a frame.
@@ -216,6 +222,7 @@ mod tests {
         let wanted: Vec<_> = region.supplies().into_iter().map(|(frame, _, wanted)| (frame.pack, wanted)).collect();
         assert_eq!(wanted, [(0, pages(&[0, 3])), (1, pages(&[1])), (2, pages(&[2]))]);
         assert_eq!(pages(&[1, 4, 9]).before(9), 2);
+        assert_eq!(pages(&[0, 1, 4, 126, 127]).runs().collect::<Vec<_>>(), [(0, 1), (4, 4), (126, 127)]);
         region.patches[1].pages.add(4);
         assert!(!region.is_sound(), "a page that the region does not have");
     }

@@ -332,12 +332,7 @@ fn unpack(range: &Range, bytes: &Bytes, piece: &Piece, plain: &mut Vec<u8>) -> s
 /// Hands the wanted stretches of a frame's content over, each with its place in the region.
 fn stretches(part: Part, plain: &[u8], mut take: impl FnMut(usize, &[u8]) -> Result<()>) -> Result<()> {
     let Part::Pages { held, wanted, .. } = part else { return take(0, plain) };
-    let mut pages = wanted.iter().peekable();
-    while let Some(first) = pages.next() {
-        let mut last = first;
-        while pages.next_if(|next| *next == last + 1).is_some() {
-            last += 1;
-        }
+    for (first, last) in wanted.runs() {
         let from = held.before(first) as usize * PAGE;
         take(first as usize * PAGE, &plain[from..from + (last - first + 1) as usize * PAGE])?;
     }

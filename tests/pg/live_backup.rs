@@ -216,6 +216,46 @@ fn a_write_that_the_disk_has_lost_is_noticed_by_the_next_backup_full_or_not() {
 }
 
 #[test]
+fn a_healthy_server_raises_no_alarm_about_pages_that_changed_without_a_word() {
+    let scratch = Scratch::new();
+    let bucket = Bucket::directory(&scratch);
+    let mut machine = Machine::new(&scratch, "a", &bucket);
+    machine.start(&["--init"]).ready().with_backup();
+    machine.sql("CREATE TABLE t AS SELECT n AS id, point(n % 100, n / 100) AS place, md5(n::text) AS text FROM generate_series(1, 20000) n");
+    for method in [
+        "spgist (place)",
+        "gist (place)",
+        "spgist (text)",
+        "btree (text)",
+        "hash (id)",
+        "brin (id)",
+        "gin ((ARRAY[id]))",
+    ] {
+        machine.sql(&format!("CREATE INDEX ON t USING {method}"));
+    }
+    machine.sql("CREATE SEQUENCE s");
+    let data = machine.data_dir();
+    let backup = |full: bool| {
+        let arguments = ["backup", "-D", data.to_str().expect("text"), "--fail-on-damage", "--full"];
+        let report = bucket.json(&arguments[..if full { 5 } else { 4 }]);
+        assert_eq!(report["stretches_behind_wal"], 0, "{report}");
+    };
+    backup(false);
+    for round in 1..=4 {
+        machine.sql(&format!("INSERT INTO t SELECT n, point(n % 77, n / 77), md5(n::text) FROM generate_series({round}00000, {round}02000) n"));
+        machine.sql(&format!("DELETE FROM t WHERE id % 13 = {round} OR id > {round}01000"));
+        machine.sql("SELECT nextval('s') FROM generate_series(1, 40)");
+        if round % 2 == 0 {
+            machine.sql("VACUUM t");
+        }
+        // Hints are set by whoever looks.
+        machine.sql("SELECT count(*), sum(id) FROM t");
+        machine.sql("CHECKPOINT");
+        backup(round == 3);
+    }
+}
+
+#[test]
 fn a_server_that_does_not_archive_is_not_backed_up() {
     let scratch = Scratch::new();
     let bucket = Bucket::directory(&scratch);
