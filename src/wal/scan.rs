@@ -87,7 +87,8 @@ pub struct SegmentFacts {
     pub records: u64,
     /// It ends with a switch to the next segment.
     pub switched: bool,
-    /// A tablespace is made in it, or may be: the kind of a record that runs over the edge cannot always be told.
+    /// A tablespace is made in it. Of a record whose head runs over the edge it is the second segment that says so, and one in
+    /// some thousands may say so wrongly: what it begins with is only as such a head goes on.
     pub makes_tablespace: bool,
 }
 
@@ -166,6 +167,15 @@ fn makes_tablespace(info_and_manager: &[u8]) -> bool {
     info_and_manager[1] == RM_TBLSPC && info_and_manager[0] & !GENERAL_BITS == TBLSPC_CREATE
 }
 
+/// Whether a record that came from the segment before may make a tablespace, if its head goes on here: records begin at
+/// multiples of eight bytes, so 8 or 16 bytes of its head's 24 lie there. Behind info and manager are two bytes of zeros.
+fn may_go_on_with_tablespace(rest: &[u8], remaining: usize) -> bool {
+    [8, 16].iter().any(|before| {
+        let here = rest.get(16 - before..20 - before).filter(|_| remaining > RECORD_HEADER - before);
+        here.is_some_and(|head| makes_tablespace(head) && head[2..] == [0, 0])
+    })
+}
+
 struct PageHeader {
     magic: u16,
     info: u16,
@@ -219,6 +229,10 @@ impl<'a> Scan<'a> {
 
     fn run(&mut self) -> Result<(), Broken> {
         let first = self.page(0)?;
+        if first.info & FIRST_IS_CONTRECORD != 0 {
+            let rest = &self.bytes[first.length()..];
+            self.facts.makes_tablespace |= may_go_on_with_tablespace(rest, first.remaining as usize);
+        }
         let mut at = match first.info & FIRST_IS_CONTRECORD {
             0 => first.length(),
             _ => match self.skip(first.length(), first.remaining as usize)? {
@@ -286,7 +300,7 @@ impl<'a> Scan<'a> {
         while done < total {
             if from >= self.bytes.len() {
                 // Its head says what it is, as far as that is here.
-                self.facts.makes_tablespace |= kept.get(16..18).is_none_or(makes_tablespace);
+                self.facts.makes_tablespace |= kept.get(16..18).is_some_and(makes_tablespace);
                 return Ok(Step::End);
             }
             if from.is_multiple_of(PAGE) {
@@ -430,4 +444,84 @@ fn u32_at(bytes: &[u8], at: usize) -> u32 {
 
 fn u64_at(bytes: &[u8], at: usize) -> u64 {
     bytes.get(at..at + 8).and_then(|b| b.try_into().ok()).map_or(0, u64::from_le_bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SIZE: usize = 1 << 20;
+    const RM_HEAP: u8 = 10;
+
+    /// A record of these bytes behind its head.
+    fn record(manager: u8, info: u8, data: &[u8]) -> Vec<u8> {
+        let mut record = [&[0; RECORD_HEADER], data].concat();
+        let total = record.len() as u32;
+        record[..4].copy_from_slice(&total.to_le_bytes());
+        (record[16], record[17]) = (info, manager);
+        let crc = crc32c::crc32c_append(crc32c::crc32c(data), &record[..20]);
+        record[20..24].copy_from_slice(&crc.to_le_bytes());
+        record
+    }
+
+    /// Two segments that these records go through.
+    fn segments(records: &[Vec<u8>]) -> Vec<Vec<u8>> {
+        let (mut bytes, mut at) = (vec![0; 2 * SIZE], 0);
+        for record in records {
+            at = align(at);
+            let mut done = 0;
+            while done < record.len() {
+                if at.is_multiple_of(PAGE) {
+                    at += head(&mut bytes, at, if done > 0 { record.len() - done } else { 0 });
+                }
+                let step = (record.len() - done).min(PAGE - at % PAGE);
+                bytes[at..at + step].copy_from_slice(&record[done..done + step]);
+                (at, done) = (at + step, done + step);
+            }
+        }
+        bytes.chunks(SIZE).map(<[u8]>::to_vec).collect()
+    }
+
+    /// Puts the head of a page there; its length.
+    fn head(bytes: &mut [u8], at: usize, remaining: usize) -> usize {
+        let long = at.is_multiple_of(SIZE);
+        let info = if long { HAS_LONG_HEADER } else { 0 } | if remaining > 0 { FIRST_IS_CONTRECORD } else { 0 };
+        bytes[at..at + 2].copy_from_slice(&0xD110_u16.to_le_bytes());
+        bytes[at + 2..at + 4].copy_from_slice(&info.to_le_bytes());
+        bytes[at + 4] = 1;
+        bytes[at + 8..at + 16].copy_from_slice(&(SIZE as u64 + at as u64).to_le_bytes());
+        bytes[at + 16..at + 20].copy_from_slice(&(remaining as u32).to_le_bytes());
+        if long {
+            bytes[at + 32..at + 36].copy_from_slice(&(SIZE as u32).to_le_bytes());
+            bytes[at + 36..at + 40].copy_from_slice(&(PAGE as u32).to_le_bytes());
+        }
+        if long { LONG_HEADER } else { SHORT_HEADER }
+    }
+
+    /// Which of two segments makes a tablespace, if a record of this manager begins so many bytes before the edge.
+    fn makes(manager: u8, before_edge: usize) -> (bool, bool) {
+        const NOOP: u8 = 0x20;
+        let heads = LONG_HEADER + (SIZE / PAGE - 1) * SHORT_HEADER;
+        let filler = record(RM_XLOG, NOOP, &vec![7; SIZE - heads - before_edge - RECORD_HEADER]);
+        let behind = record(RM_XLOG, NOOP, &[7; 40]);
+        let parts = segments(&[filler, record(manager, TBLSPC_CREATE, &[9; 40]), behind]);
+        let size = SegmentSize::try_from(SIZE as u64).expect("a size");
+        let facts = |number: u64| {
+            let name = SegmentName::new(Timeline(1), number, size);
+            scan_part(name, &parts[number as usize - 1]).expect("a segment").makes_tablespace
+        };
+        (facts(1), facts(2))
+    }
+
+    #[test]
+    fn a_tablespace_is_seen_wherever_its_record_lies_and_none_where_there_is_none() {
+        assert_eq!(makes(RM_TBLSPC, 8), (false, true), "its head says so in the second segment");
+        assert_eq!(makes(RM_TBLSPC, 16), (false, true));
+        assert_eq!(makes(RM_TBLSPC, 24), (true, false));
+        assert_eq!(makes(RM_TBLSPC, 40), (true, false));
+        assert_eq!(makes(RM_TBLSPC, 64), (true, false), "it ends with the first one");
+        for before_edge in [8, 16, 24, 40, 64, 80] {
+            assert_eq!(makes(RM_HEAP, before_edge), (false, false), "{before_edge} bytes before the edge");
+        }
+    }
 }
