@@ -110,7 +110,7 @@ fn by_schedule_everything_is_stored_anew_once_the_last_full_backup_is_old() {
     let scratch = Scratch::new();
     let bucket = Bucket::directory(&scratch);
     let mut machine = Machine::new(&scratch, "a", &bucket);
-    let schedule = ["--init", "--backup-every=300ms", "--full-every=4s"];
+    let schedule = ["--init", "--backup-every=300ms", "--full-every=20s"];
     machine.start(&[&schedule[..], &["--", "-c", "checkpoint_completion_target=0"]].concat()).ready();
     let taken = || bucket.json(&["list"])["backups"].as_array().expect("a list").clone();
     let is_full = |backup: &serde_json::Value| backup["parent"].is_null();
