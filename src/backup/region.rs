@@ -194,14 +194,16 @@ impl Changes {
             }
         }
         let same_length = known.has_length(plain.len());
-        let none = same_length && said.is_empty() && crc == known.region.crc;
+        if same_length && said.is_empty() && crc == known.region.crc {
+            return Some(Changes { none: true, pages: None, unsaid: Pages::default() });
+        }
         let differ = known.page_sums().map(|before| differing(sums, &before));
         // Without the sums of the last backup it may be any page, if it is not one of those that say so.
-        let unclear = same_length && !none && said.with(silent).is_empty();
+        let unclear = same_length && said.with(silent).is_empty();
         let any = if unclear { Pages::first(sums.len() as u32) } else { Pages::default() };
         let unsaid = differ.map_or(any, |differ| differ.without(said).without(silent));
         Some(Changes {
-            none,
+            none: false,
             // Of pages that differ a CRC overlooks one in four billion; not those that say it themselves.
             pages: differ.map(|differ| differ.with(said)),
             unsaid: if known.exact { unsaid } else { Pages::default() },

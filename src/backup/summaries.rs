@@ -1,5 +1,5 @@
 //! Whether WAL summaries tell all that has changed since the last backup, and what they tell. Where they do not, every
-//! page is read and says by its LSN when it was changed: that is always right, and costs the reading.
+//! page is read and compared: that is always right, and costs the reading.
 
 use std::sync::Arc;
 use std::time::Duration;
