@@ -10,7 +10,6 @@ use tokio::task::JoinSet;
 
 use super::UPLOADS;
 use super::changes::FileChanges;
-use super::page_sums::{PageSums, Writer};
 use super::parent::Parent;
 use super::rate::Rate;
 use super::region::{self, Content, Job, Known, Packed, Read};
@@ -27,6 +26,7 @@ use crate::postgres::{ControlFile, Version};
 use crate::repository::Repository;
 use crate::repository::manifest::{DAMAGED_MAX, DamagedPage, FileEntry, Patch, REGION, Region};
 use crate::repository::pack::{FrameRef, PackBuilder};
+use crate::repository::piece_sums::{PieceSums, Writer};
 
 /// Regions being read, compressed or waiting for their turn: two more than processors keep both disk and processors
 /// busy, and no more than this. Each thread holds a region, a compressor and its buffer, about 5 MB.
@@ -142,7 +142,7 @@ struct Past {
     pages_since: Option<Lsn>,
     /// Every change of a page has moved its position: without checksums, hints are set behind its back.
     exact: bool,
-    sums: Option<Arc<PageSums>>,
+    sums: Option<Arc<PieceSums>>,
     /// What WAL says has changed, if it does.
     changes: Option<FileChanges>,
     /// Packs that are not named any more.
@@ -287,7 +287,7 @@ impl<'a> Copy<'a> {
             entry: parent.file(&file.path)?.clone(),
             pages_since: file.pages_have_lsn.then_some(parent.start),
             exact: parent.exact && self.task.data_checksums,
-            sums: parent.page_sums.clone(),
+            sums: parent.piece_sums.clone(),
             changes: parent.changes_of(file),
             left: Arc::clone(&parent.left),
             compared_only: parent.compared_only,
@@ -355,7 +355,7 @@ impl<'a> Copy<'a> {
                 }
                 Part::Whole(entry, read) => {
                     if let Some((read, birth)) = answer(read).await? {
-                        let pages = read.sums.as_ref().map_or(0, Vec::len) as u32;
+                        let pages = read.sums.as_ref().map_or(0, |_| read.plain / PAGE as u32);
                         self.begin(FileEntry { size: u64::from(read.plain), birth, ..entry }, pages);
                         self.take(read).await?;
                     }
@@ -386,14 +386,14 @@ impl<'a> Copy<'a> {
             return Ok(());
         }
         if let Some(sums) = &mut self.sums {
-            sums.region(read.plain / PAGE as u32, read.sums.as_deref());
+            sums.region(read.plain / PAGE as u32, read.crc, read.sums.as_deref());
         }
         let region = match read.content {
             Content::Same(region) => self.adopt(region)?,
             Content::Whole(packed) => Region::whole(self.add_to_pack(packed).await?, read.plain, read.crc),
-            Content::Patch(region, packed, pages) => {
-                let mut region = self.adopt(region)?;
-                region.patches.push(Patch { frame: self.add_to_pack(packed).await?, pages });
+            Content::Patch(region, packed) => {
+                let (mut region, plain) = (self.adopt(region)?, packed.plain);
+                region.patches.push(Patch { frame: self.add_to_pack(packed).await?, plain });
                 Region { crc: read.crc, ..region }
             }
         };
@@ -491,7 +491,7 @@ impl<'a> Copy<'a> {
             self.task.repository.clock().sleep(std::time::Duration::from_millis(20)).await;
         }
         let bytes = outcome.map_err(|e| e.context(file.source.display()))?;
-        let read = region::pack(&bytes, self.task.repository.descriptor().codec, None, Vec::new(), false)?;
+        let read = region::pack_alone(&bytes, self.task.repository.descriptor().codec)?;
         let entry = self.entry(file, None);
         self.copied.files.push(FileEntry { size: bytes.len() as u64, ..entry });
         self.take(read).await

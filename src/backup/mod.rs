@@ -9,7 +9,6 @@ mod changes;
 mod copy;
 #[cfg(test)]
 mod many_increments;
-mod page_sums;
 mod parent;
 #[cfg(test)]
 mod random_histories;
@@ -37,11 +36,11 @@ use crate::repository::Repository;
 use crate::repository::manifest::{
     BackupHead, Database, Directory, Line, Lines, LinesWriter, Link, REGION, Tablespace,
 };
+use crate::repository::piece_sums::{self, PieceSums};
 use crate::storage::Body;
 
 use copy::Copied;
 pub use copy::Stretch;
-use page_sums::PageSums;
 use parent::{Descent, Parent};
 use remains::Remains;
 
@@ -136,9 +135,9 @@ pub async fn run(repository: &Repository, options: &Options, events: &Events) ->
     let task = copy::Task { repository, id, start, data_checksums, remains: Some(&remains), max_rate };
     let own_dir = options.data_dir.join(data_dir::OWN_DIR);
     if let Some(parent) = &mut parent {
-        parent.page_sums = sums_of(repository, &own_dir, parent.id).await?;
+        parent.piece_sums = sums_of(repository, &own_dir, parent.id).await?;
     }
-    let mut sums = page_sums::Writer::begin(&own_dir, repository.descriptor().repository_id, id);
+    let mut sums = piece_sums::Writer::begin(&own_dir, repository.descriptor().repository_id, id);
     let before_and_now = (parent, sums.as_mut().ok());
     let copied = copy::run(&task, &walk, &outside, before_and_now, server.version, events).await?;
     if copied.found > 0 {
@@ -172,7 +171,7 @@ pub async fn run(repository: &Repository, options: &Options, events: &Events) ->
         (started_at, server_started, stopped),
     )
     .await?;
-    if let Err(error) = sums.and_then(page_sums::Writer::keep) {
+    if let Err(error) = sums.and_then(piece_sums::Writer::keep) {
         events.warning(format!("the next backup stores what has changed by the megabyte: {error}"));
     }
     let elapsed = repository.clock().monotonic() - began;
@@ -182,9 +181,9 @@ pub async fn run(repository: &Repository, options: &Options, events: &Events) ->
 }
 
 /// What the pages of a backup were, if this disk has kept that: one look for each file there is.
-async fn sums_of(repository: &Repository, own_dir: &Path, backup: BackupId) -> Result<Option<Arc<PageSums>>> {
+async fn sums_of(repository: &Repository, own_dir: &Path, backup: BackupId) -> Result<Option<Arc<PieceSums>>> {
     let (own_dir, repository_id) = (own_dir.to_owned(), repository.descriptor().repository_id);
-    let look = move || PageSums::of(&own_dir, repository_id, backup).map(Arc::new);
+    let look = move || PieceSums::of(&own_dir, repository_id, backup).map(Arc::new);
     tokio::task::spawn_blocking(look).await.map_err(|e| Error::internal("a reading thread ended").source(e))
 }
 

@@ -6,12 +6,12 @@ use std::sync::Arc;
 use futures::TryStreamExt;
 
 use super::changes::{Changes, FileChanges};
-use super::page_sums::PageSums;
 use super::sparse::{self, Used};
 use crate::error::Result;
 use crate::model::{BackupId, Generation, Lsn, PackId, SystemId, Timeline, Timestamp};
 use crate::postgres::data_dir::FileItem;
 use crate::repository::manifest::{BackupHead, FileEntry, Line, REGION};
+use crate::repository::piece_sums::PieceSums;
 use crate::repository::{BesideHead, Region, Repository, layout};
 use crate::wal::{History, WalFileName};
 
@@ -35,7 +35,7 @@ pub struct Parent {
     /// tools may change pages in place (pg_checksums, pg_rewind).
     pub exact: bool,
     /// What its pages were, if this disk has kept that.
-    pub page_sums: Option<Arc<PageSums>>,
+    pub piece_sums: Option<Arc<PieceSums>>,
     /// Of a backup that was read.
     pub head: Option<Box<BackupHead>>,
     /// What has changed since, if WAL tells.
@@ -92,7 +92,7 @@ impl Parent {
             full_at: None,
             start,
             exact: false,
-            page_sums: None,
+            piece_sums: None,
             head: None,
             changes: None,
             packs: Vec::new(),

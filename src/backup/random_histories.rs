@@ -7,7 +7,6 @@ use std::sync::Arc;
 
 use super::changes::{BLOCKS, Changes};
 use super::copy::{self, Copied, Task};
-use super::page_sums::{PageSums, Writer};
 use super::parent::Parent;
 use super::remains::{self, Remains};
 use crate::chance::Chance;
@@ -20,6 +19,8 @@ use crate::postgres::page::{self, PAGE};
 use crate::postgres::summaries::{Relation, Touched, What};
 use crate::repository::codec::decompress;
 use crate::repository::manifest::{FileEntry, Region};
+use crate::repository::pack::FrameRef;
+use crate::repository::piece_sums::{PieceSums, Writer};
 use crate::repository::{Codec, Repository};
 use crate::storage::faulty::{Fault, Faulty};
 use crate::storage::{Adapter, Store};
@@ -38,15 +39,33 @@ struct Disk {
     rotten: bool,
 }
 
+/// Gives it a position and its checksum.
+fn stamp(page: &mut [u8; PAGE], block: usize, lsn: u64) {
+    page[..4].copy_from_slice(&((lsn >> 32) as u32).to_le_bytes());
+    page[4..8].copy_from_slice(&(lsn as u32).to_le_bytes());
+    let sum = page::checksum(page, block as u32).to_le_bytes();
+    page[8..10].copy_from_slice(&sum);
+}
+
 impl Disk {
+    /// A page of other rows than any.
     fn page(&mut self, block: usize, lsn: u64) -> [u8; PAGE] {
         let mut page = [0; PAGE];
-        page[..4].copy_from_slice(&((lsn >> 32) as u32).to_le_bytes());
-        page[4..8].copy_from_slice(&(lsn as u32).to_le_bytes());
         page[14] = 1;
-        page[100..108].copy_from_slice(&self.chance.below(u64::MAX).to_le_bytes());
-        let sum = page::checksum(&page, block as u32).to_le_bytes();
-        page[8..10].copy_from_slice(&sum);
+        for row in (100..PAGE - 8).step_by(64) {
+            page[row..row + 8].copy_from_slice(&self.chance.below(u64::MAX).to_le_bytes());
+        }
+        stamp(&mut page, block, lsn);
+        page
+    }
+
+    /// The page with a few other rows.
+    fn with_other_rows(&mut self, mut page: [u8; PAGE], block: usize, lsn: u64) -> [u8; PAGE] {
+        for _ in 0..=self.chance.below(3) {
+            let row = 24 + self.chance.below(PAGE as u64 - 32) as usize;
+            page[row..row + 8].copy_from_slice(&self.chance.below(u64::MAX).to_le_bytes());
+        }
+        stamp(&mut page, block, lsn);
         page
     }
 
@@ -62,7 +81,7 @@ impl Disk {
 
     fn change(&mut self, path: &str) {
         self.lsn += 8;
-        let (lsn, what) = (self.lsn, self.chance.below(10));
+        let (lsn, what) = (self.lsn, self.chance.below(20));
         let mut pages = self.files.remove(path).unwrap_or_default();
         match what {
             // Grows, by pages that were written or by zeros.
@@ -82,24 +101,27 @@ impl Disk {
                 self.say(path, What::CutTo(pages.len() as u32));
             }
             // Some pages change, here and there or many.
-            3..=6 => {
-                for _ in 0..[3, 12, 60][self.chance.below(3) as usize] {
+            3..=16 => {
+                for _ in 0..[1, 3, 12, 60][self.chance.below(4) as usize] {
                     if !pages.is_empty() {
                         let block = self.chance.below(pages.len() as u64) as usize;
                         self.say_block(path, block);
-                        pages[block] = self.page(block, lsn);
+                        pages[block] = match self.chance.below(4) {
+                            0 => self.page(block, lsn),
+                            _ => self.with_other_rows(pages[block], block, lsn),
+                        };
                     }
                 }
             }
             // A page rots on the disk, or is as it should be again: nothing says that it has changed. Or the disk has lost a write,
             // and the page is an older one, sound in itself. With summaries such a page is not even read, and the backup has it
             // as it was.
-            7 | 8 => {
+            17 | 18 => {
                 if !pages.is_empty() && self.said.is_none() {
                     let block = self.chance.below(pages.len() as u64) as usize;
                     let old = (1 << 20) + self.chance.below(lsn - (1 << 20));
                     match what {
-                        7 => pages[block][4000] ^= 1,
+                        17 => pages[block][4000] ^= 1,
                         _ => pages[block] = self.page(block, old),
                     }
                     self.rotten = true;
@@ -196,20 +218,19 @@ pub async fn content(repository: &Repository, copied: &Copied, file: &FileEntry)
 
 /// Written apart from the restore, in the simplest way: frames one over the other.
 async fn region_content(repository: &Repository, copied: &Copied, region: &Region) -> Vec<u8> {
-    let mut plain = Vec::new();
-    let patches = region.patches.iter().map(|patch| Some(patch.pages));
-    for (frame, pages) in region.frames().zip(std::iter::once(None).chain(patches)) {
-        let range = frame.offset..frame.offset + u64::from(frame.stored);
-        let stored = repository.read_pack(copied.packs[frame.pack as usize], range).await.expect("there");
-        match pages {
-            None => plain = decompress(&stored, region.plain as usize).expect("a frame"),
-            Some(pages) => {
-                let changed = decompress(&stored, pages.count() as usize * PAGE).expect("a frame");
-                for (from, page) in changed.chunks(PAGE).zip(pages.iter()) {
-                    plain[page as usize * PAGE..][..PAGE].copy_from_slice(from);
-                }
-            }
+    let stored = async |frame: FrameRef| {
+        let range = frame.offset..frame.end();
+        repository.read_pack(copied.packs[frame.pack as usize], range).await.expect("there")
+    };
+    let mut plain = decompress(&stored(region.frame).await, region.plain as usize).expect("a frame");
+    for patch in &region.patches {
+        let content = decompress(&stored(patch.frame).await, patch.plain as usize).expect("a frame");
+        let (masks, mut pieces) = content.split_at(128);
+        for piece in (0..1024).filter(|piece| masks[piece / 8] >> (piece % 8) & 1 == 1) {
+            plain[piece * 1024..][..1024].copy_from_slice(&pieces[..1024]);
+            pieces = &pieces[1024..];
         }
+        assert!(pieces.is_empty());
     }
     assert_eq!(crc32c::crc32c(&plain), region.crc);
     plain
@@ -248,6 +269,10 @@ async fn live(seed: u64) -> Sum {
     let mut disk = Disk { files: BTreeMap::new(), lsn: 1 << 21, chance: Chance(seed), said, rotten: false };
     std::fs::create_dir_all(directory.path().join("base/5")).expect("made");
     let paths = ["base/5/16384", "base/5/16385", "base/5/16384_vm"];
+    for path in paths {
+        let pages = (0..disk.chance.below(200) as usize).map(|block| disk.page(block, 1 << 21)).collect();
+        disk.files.insert(path.to_owned(), pages);
+    }
     let mut kept: Vec<(Copied, BTreeMap<String, Vec<u8>>)> = Vec::new();
     let mut newest: Option<(BackupId, Lsn, Copied)> = None;
     let mut sum = Sum::default();
@@ -261,7 +286,7 @@ async fn live(seed: u64) -> Sum {
             let (id, start, copied) = newest.as_ref()?;
             let mut parent = Parent::of(*id, *start, copied);
             parent.changes = changes;
-            parent.page_sums = PageSums::of(&own, repository_id, *id).map(Arc::new);
+            parent.piece_sums = PieceSums::of(&own, repository_id, *id).map(Arc::new);
             Some(parent)
         };
         let mut begun = Vec::new();

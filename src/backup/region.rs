@@ -6,23 +6,23 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 
-use super::page_sums::RegionSums;
 use crate::disk::UncachedFile;
 use crate::error::Result;
 use crate::model::Lsn;
 use crate::postgres::page::{self, PAGE};
 use crate::repository::codec::Sha256;
-use crate::repository::{Codec, Pages, Region, page_crc};
+use crate::repository::patch::{self, Masks, PIECE};
+use crate::repository::piece_sums::{self, RegionSums};
+use crate::repository::{Codec, Pages, Region};
 
 /// A page that fails its checksum is read again this many times: the server may be writing it right now.
 const REREADS: u32 = 5;
 
-/// A region is stored anew once its patches would be more than this many, or hold more than this many pages: half of them.
-/// So a restore reads half more than after a full backup at most, whatever came before; and where a twentieth of all pages
-/// changes before each backup, a region is stored whole with every tenth. A smaller share would be read faster and stored
-/// dearer: 1 + 1/share times what changed.
-const PATCHES_MAX: usize = 16;
-const PATCHED_PAGES_MAX: u32 = 64;
+/// A region is stored anew once its patches would be more than this many, or take more than this share of the room that the
+/// region itself takes: half of it. So a restore reads half more than after a full backup at most, whatever came before. A
+/// smaller share would be read faster and stored dearer: 1 + 1/share times what changed.
+const PATCHES_MAX: usize = 32;
+const SHARE: u64 = 2;
 
 /// No record lies before the first segment, however small that is: lower positions on pages are special (`GistBuildLSN`).
 const FIRST: Lsn = Lsn(1 << 20);
@@ -50,7 +50,7 @@ pub struct Known {
     pub region: Region,
     /// Its pages tell when they were changed last; that backup began here.
     pub pages_since: Option<Lsn>,
-    /// The CRC of each page that it has there.
+    /// The hash of each piece that it has there.
     pub sums: Option<RegionSums>,
     /// The file is the same one as then, and a page changes with its position only: one with an older position is as it was.
     /// Otherwise a path may have been used again, by a file whose pages are older than the last backup.
@@ -76,11 +76,9 @@ impl Known {
         self.region.plain as usize == length
     }
 
-    /// The CRCs of the pages there, if these are really the ones.
-    fn page_sums(&self) -> Option<Vec<u32>> {
-        let sums = self.sums.as_ref()?.read()?;
-        let whole = self.region.plain as usize == sums.len() * PAGE;
-        (whole && page_crc::of_all(&sums) == self.region.crc).then_some(sums)
+    /// The hashes of the pieces there, if these are really the ones.
+    fn sums(&self) -> Option<Vec<u64>> {
+        self.sums.as_ref()?.of(self.region.crc, self.region.plain)
     }
 }
 
@@ -90,8 +88,8 @@ pub struct Read {
     pub content: Content,
     pub plain: u32,
     pub crc: u32,
-    /// The CRC of each page, as far as it is known.
-    pub sums: Option<Vec<u32>>,
+    /// The hash of each piece, as far as it is known.
+    pub sums: Option<Vec<u64>>,
     /// Blocks whose checksum does not hold.
     pub damaged: Vec<u32>,
     /// It was not read: WAL says that it is as the last backup has it.
@@ -106,20 +104,22 @@ pub enum Content {
     /// As the last backup has it.
     Same(Region),
     Whole(Packed),
-    /// These pages over what the last backup has.
-    Patch(Region, Packed, Pages),
+    /// Some pieces over what the last backup has.
+    Patch(Region, Packed),
 }
 
 #[derive(Debug)]
 pub struct Packed {
     pub frame: Bytes,
+    /// Bytes of its content.
+    pub plain: u32,
     pub sha256: Sha256,
 }
 
 impl Packed {
     fn of(plain: &[u8], codec: Codec) -> Result<Packed> {
         let frame = codec.compress(plain)?;
-        Ok(Packed { sha256: Sha256::of(&frame), frame: Bytes::from(frame) })
+        Ok(Packed { sha256: Sha256::of(&frame), plain: plain.len() as u32, frame: Bytes::from(frame) })
     }
 }
 
@@ -129,8 +129,7 @@ pub fn read(job: &Job) -> Result<Read> {
             content: Content::Same(region.clone()),
             plain: region.plain,
             crc: region.crc,
-            // Whoever uses them looks whether they are the ones.
-            sums: known.sums.as_ref().and_then(RegionSums::read),
+            sums: known.sums(),
             damaged: Vec::new(),
             unread: true,
             behind_wal: Pages::default(),
@@ -145,112 +144,169 @@ pub fn read(job: &Job) -> Result<Read> {
         buffer.resize(job.length, 0);
         let filled = job.file.read_at(&mut buffer, job.offset)?;
         buffer[filled..].fill(0);
-        let damaged = match job.first_block {
-            Some(first_block) => check_pages(job, first_block, &mut buffer[..filled])?,
-            None => Vec::new(),
-        };
-        pack(&buffer, job.codec, job.known.as_ref(), damaged, job.in_pages)
+        let known = job.known.as_ref();
+        let mut seen = Seen::of(&buffer, known, job.in_pages);
+        let mut damaged = Vec::new();
+        if let Some(first_block) = job.first_block {
+            let checked = check_pages(job, first_block, seen.unproven(known), &mut buffer[..filled])?;
+            damaged = checked.damaged;
+            if checked.read_again {
+                seen = Seen::of(&buffer, known, job.in_pages);
+            }
+        }
+        pack(&buffer, job.codec, known, damaged, seen)
     })
 }
 
-/// Packs bytes that are in memory, or finds that the last backup has them.
-pub fn pack(plain: &[u8], codec: Codec, known: Option<&Known>, damaged: Vec<u32>, in_pages: bool) -> Result<Read> {
-    let sums = in_pages.then(|| page_crc::of_pages(plain)).flatten();
-    let crc = sums.as_ref().map_or_else(|| crc32c::crc32c(plain), |sums| page_crc::of_all(sums));
-    // What is damaged is stored as it is: neither the last backup nor the page's own word tells what it was.
+/// Packs bytes that are in memory.
+pub fn pack_alone(plain: &[u8], codec: Codec) -> Result<Read> {
+    pack(plain, codec, None, Vec::new(), Seen::of(plain, None, false))
+}
+
+/// Packs a region, or finds that the last backup has it.
+fn pack(plain: &[u8], codec: Codec, known: Option<&Known>, damaged: Vec<u32>, seen: Seen) -> Result<Read> {
+    // What is damaged is stored as it is: neither the last backup nor the page's own word tells what it was. And the next
+    // backup is to look at it again.
     let known = known.filter(|_| damaged.is_empty());
-    let changes = known.zip(sums.as_deref()).and_then(|(known, sums)| Changes::of(plain, crc, sums, known));
-    let behind_wal = changes.as_ref().map_or(Pages::default(), |changes| changes.unsaid);
+    let (crc, sums) = (seen.crc, seen.sums.filter(|_| damaged.is_empty()));
+    let behind_wal = match known.zip(seen.said).filter(|(known, _)| known.exact && !seen.silent) {
+        Some((known, said)) => said.unsaid(seen.differ.as_ref(), plain.len(), known),
+        None => Pages::default(),
+    };
     let content = match known.filter(|known| !known.compared_only && known.has_length(plain.len())) {
-        Some(known) => compare(plain, codec, known, changes)?,
+        Some(known) if seen.silent || crc == known.region.crc && seen.differ == Some(Masks::NONE) => {
+            Content::Same(known.region.clone())
+        }
+        Some(known) => compare(plain, codec, known, seen.differ)?,
         None => Content::Whole(Packed::of(plain, codec)?),
     };
     Ok(Read { content, plain: plain.len() as u32, crc, sums, damaged, unread: false, behind_wal })
 }
 
-/// How a region differs from what the last backup has, as far as that reaches.
-struct Changes {
-    /// Its bytes are the same.
-    none: bool,
-    /// All pages that are other ones, if that is known.
-    pages: Option<Pages>,
-    /// Those of them that should have said so and did not.
-    unsaid: Pages,
+/// What a region looks like beside what the last backup has.
+struct Seen {
+    crc: u32,
+    said: Option<Said>,
+    /// Its pages say that none was changed, and its CRC is as it was.
+    silent: bool,
+    sums: Option<Vec<u64>>,
+    /// The pieces that are others, as far as both have them.
+    differ: Option<Masks>,
 }
 
-impl Changes {
-    /// `None` when the pages say nothing of their changes.
-    fn of(plain: &[u8], crc: u32, sums: &[u32], known: &Known) -> Option<Changes> {
+impl Seen {
+    fn of(plain: &[u8], known: Option<&Known>, in_pages: bool) -> Seen {
+        let crc = crc32c::crc32c(plain);
+        let said = known.and_then(|known| Said::of(plain, known));
+        let silent = known.zip(said).is_some_and(|(known, said)| {
+            known.has_length(plain.len()) && crc == known.region.crc && said.changed.is_empty()
+        });
+        let (sums, differ) = match known.and_then(Known::sums) {
+            _ if !in_pages => (None, None),
+            Some(before) if silent => (Some(before), Some(Masks::NONE)),
+            before => {
+                let sums = piece_sums::of_pieces(plain);
+                let differ = sums.as_ref().zip(before).map(|(sums, before)| piece_sums::differing(sums, &before));
+                (sums, differ)
+            }
+        };
+        Seen { crc, said, silent, sums, differ }
+    }
+
+    /// Pages that may be damaged. Others are to the byte what they were at the last backup, which looked at them: at those too
+    /// that had not been changed after it began.
+    fn unproven(&self, known: Option<&Known>) -> Pages {
+        let all = Pages::first(u128::BITS);
+        match (known.filter(|known| known.exact && !known.compared_only), self.differ, self.said) {
+            (Some(known), Some(differ), Some(said)) => {
+                let new = all.without(Pages::first(known.region.plain / PAGE as u32));
+                differ.pages().with(said.changed).with(new)
+            }
+            _ => all,
+        }
+    }
+}
+
+/// What pages say of their changes.
+#[derive(Debug, Clone, Copy)]
+struct Said {
+    /// Since the last backup.
+    changed: Pages,
+    /// They say nothing.
+    silent: Pages,
+}
+
+impl Said {
+    /// `None` when the file's pages do not say it.
+    fn of(plain: &[u8], known: &Known) -> Option<Said> {
         let since = known.pages_since?;
-        let (mut said, mut silent) = (Pages::default(), Pages::default());
+        let (mut changed, mut silent) = (Pages::default(), Pages::default());
         for (number, page) in (0u32..).zip(plain.as_chunks::<PAGE>().0) {
             match page::lsn(page) {
                 // Never written, zeroed, or of an index that was built without WAL: nothing says since when.
                 lsn if lsn < FIRST => silent.add(number),
-                lsn if lsn >= since => said.add(number),
+                lsn if lsn >= since => changed.add(number),
                 // An index keeps there what it may lose: SP-GiST writes its meta page without WAL (SpGistUpdateMetaPage, spgutils.c).
                 _ if number == 0 && known.begins_relation && page::has_special_area(page) => silent.add(number),
                 _ => (),
             }
         }
-        let same_length = known.has_length(plain.len());
-        if same_length && said.is_empty() && crc == known.region.crc {
-            return Some(Changes { none: true, pages: None, unsaid: Pages::default() });
+        Some(Said { changed, silent })
+    }
+
+    /// Pages that should have said so of a region that has changed, and did not.
+    fn unsaid(self, differ: Option<&Masks>, length: usize, known: &Known) -> Pages {
+        match differ {
+            Some(differ) => differ.pages().without(self.changed).without(self.silent),
+            // Without the sums of the last backup it may be any page, if it is not one of those that say so.
+            None if known.has_length(length) && self.changed.with(self.silent).is_empty() => {
+                Pages::first((length / PAGE) as u32)
+            }
+            None => Pages::default(),
         }
-        let differ = known.page_sums().map(|before| differing(sums, &before));
-        // Without the sums of the last backup it may be any page, if it is not one of those that say so.
-        let unclear = same_length && said.with(silent).is_empty();
-        let any = if unclear { Pages::first(sums.len() as u32) } else { Pages::default() };
-        let unsaid = differ.map_or(any, |differ| differ.without(said).without(silent));
-        Some(Changes {
-            none: false,
-            // Of pages that differ a CRC overlooks one in four billion; not those that say it themselves.
-            pages: differ.map(|differ| differ.with(said)),
-            unsaid: if known.exact { unsaid } else { Pages::default() },
-        })
     }
 }
 
-/// Pages that are others than they were, of those that both have.
-fn differing(sums: &[u32], before: &[u32]) -> Pages {
-    let mut pages = Pages::default();
-    let pairs = (0u32..).zip(sums.iter().zip(before));
-    pairs.filter(|(_, (now, then))| now != then).for_each(|(number, _)| pages.add(number));
-    pages
-}
-
-fn compare(plain: &[u8], codec: Codec, known: &Known, changes: Option<Changes>) -> Result<Content> {
+/// What is stored of a region that may have changed.
+fn compare(plain: &[u8], codec: Codec, known: &Known, differ: Option<Masks>) -> Result<Content> {
     let region = &known.region;
-    let Some(changes) = changes else {
-        // Only the same bytes are the same.
-        let packed = Packed::of(plain, codec)?;
-        let same = region.patches.is_empty() && packed.sha256 == region.frame.sha256;
-        return Ok(if same { Content::Same(region.clone()) } else { Content::Whole(packed) });
-    };
-    if changes.none {
-        return Ok(Content::Same(region.clone()));
-    }
-    let patched: u32 = region.patches.iter().map(|patch| patch.pages.count()).sum();
-    let fits = |pages: &Pages| {
-        region.patches.len() < PATCHES_MAX && !pages.is_empty() && patched + pages.count() <= PATCHED_PAGES_MAX
-    };
-    let Some(pages) = changes.pages.filter(fits) else { return Ok(Content::Whole(Packed::of(plain, codec)?)) };
-    let (all, _) = plain.as_chunks::<PAGE>();
-    let content: Vec<u8> = pages.iter().flat_map(|number| all[number as usize]).collect();
-    Ok(Content::Patch(region.clone(), Packed::of(&content, codec)?, pages))
-}
-
-fn check_pages(job: &Job, first_block: u32, bytes: &mut [u8]) -> Result<Vec<u32>> {
-    let mut damaged = Vec::new();
-    let (pages, _) = bytes.as_chunks_mut::<PAGE>();
-    for (index, page) in pages.iter_mut().enumerate() {
-        let block = first_block + index as u32;
-        let offset = job.offset + (index * PAGE) as u64;
-        if !is_sound(page, block, job.start) && !reread(job, page, block, offset)? {
-            damaged.push(block);
+    if let Some(masks) = differ.filter(|_| region.patches.len() < PATCHES_MAX) {
+        let most = |stored: u64| stored * SHARE <= u64::from(region.frame.stored);
+        let before: u64 = region.patches.iter().map(|patch| u64::from(patch.frame.stored)).sum();
+        // It is not compressed when it cannot be small.
+        if masks.count() > 0 && masks.count() * PIECE * SHARE as usize <= plain.len() && most(before) {
+            let packed = Packed::of(&patch::encode(plain, &masks), codec)?;
+            if most(before + packed.frame.len() as u64) {
+                return Ok(Content::Patch(region.clone(), packed));
+            }
         }
     }
-    Ok(damaged)
+    let packed = Packed::of(plain, codec)?;
+    // Where pages say nothing, only the same bytes are the same.
+    let same = known.pages_since.is_none() && region.patches.is_empty() && packed.sha256 == region.frame.sha256;
+    Ok(if same { Content::Same(region.clone()) } else { Content::Whole(packed) })
+}
+
+#[derive(Default)]
+struct Checked {
+    damaged: Vec<u32>,
+    /// Some pages are others now than they were before.
+    read_again: bool,
+}
+
+fn check_pages(job: &Job, first_block: u32, which: Pages, bytes: &mut [u8]) -> Result<Checked> {
+    let mut checked = Checked::default();
+    let (pages, _) = bytes.as_chunks_mut::<PAGE>();
+    for (index, page) in (0u32..).zip(pages).filter(|(index, _)| which.has(*index)) {
+        let block = first_block + index;
+        if !is_sound(page, block, job.start) {
+            checked.read_again = true;
+            if !reread(job, page, block, job.offset + u64::from(index) * PAGE as u64)? {
+                checked.damaged.push(block);
+            }
+        }
+    }
+    Ok(checked)
 }
 
 /// A page is sound when its checksum holds, or when it was changed after the backup began.

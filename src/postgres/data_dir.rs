@@ -227,7 +227,7 @@ impl Walker<'_> {
             size: metadata.len(),
             mtime: metadata.mtime(),
             first_block: first_block(path),
-            pages_have_lsn: fork_of(path) == Some(Fork::Main),
+            pages_have_lsn: pages_have_lsn(path),
         }));
     }
 }
@@ -306,6 +306,11 @@ fn is_temporary_or_unlogged(path: &str, name: &str, unlogged: &BTreeSet<String>)
 fn is_temporary_relation(name: &str) -> bool {
     let Some((backend, relation)) = name.strip_prefix('t').and_then(|rest| rest.split_once('_')) else { return false };
     !backend.is_empty() && backend.bytes().all(|b| b.is_ascii_digit()) && relation_number(relation).is_some()
+}
+
+/// Whether a file is made of pages that tell where in WAL they were changed last.
+pub fn pages_have_lsn(path: &str) -> bool {
+    fork_of(path) == Some(Fork::Main)
 }
 
 /// For a file made of checksummed pages: the number of its first block.

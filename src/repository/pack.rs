@@ -49,6 +49,13 @@ pub struct FrameRef {
     pub sha256: Sha256,
 }
 
+impl FrameRef {
+    /// Where in the pack it ends.
+    pub fn end(&self) -> u64 {
+        self.offset + u64::from(self.stored)
+    }
+}
+
 /// One frame in the index of a pack: where it begins, its length, its hash.
 pub type Indexed = (u64, u32, Sha256);
 

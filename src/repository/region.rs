@@ -1,4 +1,4 @@
-//! A region of a file in a manifest: one frame with all its bytes, and possibly patches, frames with just the pages that
+//! A region of a file in a manifest: one frame with all its bytes, and possibly patches, frames with just the pieces that
 //! changed since.
 
 use std::collections::BTreeSet;
@@ -10,11 +10,12 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use super::codec::Sha256;
 use super::pack::FrameRef;
+use super::patch;
 
 /// Data files are cut in regions of this many bytes.
 pub const REGION: u64 = 1 << 20;
 
-/// Patches are made of PostgreSQL's pages.
+/// PostgreSQL's pages.
 pub const PAGE: usize = 8192;
 
 /// Pages of a region by number, counted from its start.
@@ -35,10 +36,6 @@ impl Pages {
         self.0.checked_shr(page).is_some_and(|bits| bits & 1 == 1)
     }
 
-    pub fn count(self) -> u32 {
-        self.0.count_ones()
-    }
-
     pub fn is_empty(self) -> bool {
         self.0 == 0
     }
@@ -49,11 +46,6 @@ impl Pages {
 
     pub fn with(self, others: Pages) -> Pages {
         Pages(self.0 | others.0)
-    }
-
-    /// How many of them come before `page`.
-    pub fn before(self, page: u32) -> u32 {
-        Pages(self.0 & Pages::first(page).0).count()
     }
 
     pub fn iter(self) -> impl Iterator<Item = u32> {
@@ -67,14 +59,15 @@ impl Pages {
     }
 }
 
-/// Pages that changed, one after the other in a frame.
+/// What has changed of a region ([`patch`]).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Patch {
     pub frame: FrameRef,
-    pub pages: Pages,
+    /// Bytes of the frame's content.
+    pub plain: u32,
 }
 
-/// `[pack, offset, stored, plain, crc32c, sha256]`, and with patches a list of `[pack, offset, stored, sha256, pages]`.
+/// `[pack, offset, stored, plain, crc32c, sha256]`, and with patches a list of `[pack, offset, stored, plain, sha256]`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Region {
     pub frame: FrameRef,
@@ -102,38 +95,13 @@ impl Region {
         !packs.is_empty() && self.frames().any(|frame| packs.contains(&frame.pack))
     }
 
-    /// Whether its patches fit: they only replace whole pages that it has.
+    /// Whether its patches can be of it.
     pub fn is_sound(&self) -> bool {
-        let pages = self.plain / PAGE as u32;
-        let all = Pages::first(pages);
-        let whole = self.plain as usize == pages as usize * PAGE && pages <= u128::BITS;
-        self.patches.is_empty()
-            || (whole
-                && self.patches.iter().all(|patch| patch.pages.without(all).is_empty() && !patch.pages.is_empty()))
-    }
-
-    /// Which pages each frame supplies in the end, the whole one first.
-    pub fn supplies(&self) -> Vec<(FrameRef, Pages, Pages)> {
-        let all = Pages::first(self.plain / PAGE as u32);
-        let layers =
-            std::iter::once((self.frame, all)).chain(self.patches.iter().map(|patch| (patch.frame, patch.pages)));
-        let mut covered = Pages::default();
-        let mut supplies: Vec<_> = layers
-            .collect::<Vec<_>>()
-            .into_iter()
-            .rev()
-            .map(|(frame, held)| {
-                let wanted = held.without(covered);
-                covered = covered.with(held);
-                (frame, held, wanted)
-            })
-            .collect();
-        supplies.reverse();
-        supplies
+        self.patches.iter().all(|patch| patch::is_length(patch.plain as usize, self.plain as usize))
     }
 }
 
-type PatchTuple = (u32, u64, u32, Sha256, String);
+type PatchTuple = (u32, u64, u32, u32, Sha256);
 
 impl Serialize for Region {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
@@ -145,8 +113,8 @@ impl Serialize for Region {
         list.serialize_element(&self.crc)?;
         list.serialize_element(&self.frame.sha256)?;
         if !self.patches.is_empty() {
-            let patches = self.patches.iter().map(|Patch { frame, pages }| -> PatchTuple {
-                (frame.pack, frame.offset, frame.stored, frame.sha256, format!("{:032x}", pages.0))
+            let patches = self.patches.iter().map(|Patch { frame, plain }| -> PatchTuple {
+                (frame.pack, frame.offset, frame.stored, *plain, frame.sha256)
             });
             list.serialize_element(&patches.collect::<Vec<_>>())?;
         }
@@ -176,12 +144,11 @@ impl<'de> Visitor<'de> for RegionVisitor {
         let (pack, offset, stored) = (next(&mut list)?, next(&mut list)?, next(&mut list)?);
         let (plain, crc, sha256) = (next(&mut list)?, next(&mut list)?, next(&mut list)?);
         let patches: Option<Vec<PatchTuple>> = list.next_element()?;
-        let patches = patches.unwrap_or_default().into_iter().map(|(pack, offset, stored, sha256, pages)| {
-            let bits =
-                u128::from_str_radix(&pages, 16).map_err(|_| de::Error::custom("pages of a patch are no number"))?;
-            Ok(Patch { frame: FrameRef { pack, offset, stored, sha256 }, pages: Pages(bits) })
-        });
-        let patches = patches.collect::<Result<_, A::Error>>()?;
+        let patch = |(pack, offset, stored, plain, sha256): PatchTuple| Patch {
+            frame: FrameRef { pack, offset, stored, sha256 },
+            plain,
+        };
+        let patches = patches.unwrap_or_default().into_iter().map(patch).collect();
         Ok(Region { frame: FrameRef { pack, offset, stored, sha256 }, plain, crc, patches })
     }
 }
@@ -206,24 +173,18 @@ mod tests {
         let json = serde_json::to_string(&region).expect("json");
         assert_eq!(json.matches(',').count(), 5, "{json}");
         assert_eq!(serde_json::from_str::<Region>(&json).expect("reads back"), region);
-        region.patches.push(Patch { frame: frame(2), pages: pages(&[0, 127]) });
+        region.patches.push(Patch { frame: frame(2), plain: 128 + 1024 });
         let json = serde_json::to_string(&region).expect("json");
-        assert!(json.contains("80000000000000000000000000000001"), "{json}");
+        assert!(json.contains("[[2,7,9,1152,"), "{json}");
         assert_eq!(serde_json::from_str::<Region>(&json).expect("reads back"), region);
         assert!(serde_json::from_str::<Region>("[1,2,3]").is_err());
+        assert!(region.is_sound());
+        region.patches.push(Patch { frame: frame(2), plain: 128 });
+        assert!(!region.is_sound(), "a patch of nothing");
     }
 
     #[test]
-    fn each_page_comes_from_the_last_frame_that_has_it() {
-        let mut region = Region::whole(frame(0), 4 * PAGE as u32, 0);
-        region.patches.push(Patch { frame: frame(1), pages: pages(&[1, 2]) });
-        region.patches.push(Patch { frame: frame(2), pages: pages(&[2]) });
-        assert!(region.is_sound());
-        let wanted: Vec<_> = region.supplies().into_iter().map(|(frame, _, wanted)| (frame.pack, wanted)).collect();
-        assert_eq!(wanted, [(0, pages(&[0, 3])), (1, pages(&[1])), (2, pages(&[2]))]);
-        assert_eq!(pages(&[1, 4, 9]).before(9), 2);
+    fn pages_side_by_side_are_told_together() {
         assert_eq!(pages(&[0, 1, 4, 126, 127]).runs().collect::<Vec<_>>(), [(0, 1), (4, 4), (126, 127)]);
-        region.patches[1].pages.add(4);
-        assert!(!region.is_sound(), "a page that the region does not have");
     }
 }

@@ -9,11 +9,12 @@ mod layout;
 mod outside;
 pub mod pg_manifest;
 pub mod plan;
+mod ranges;
 mod recovery;
 mod sample;
 mod selected;
+mod spans;
 pub mod standby;
-mod sum;
 mod target;
 mod verify;
 
@@ -120,7 +121,11 @@ pub async fn run(repository: &Repository, options: &Options, events: &Events) ->
     if delta {
         events.info(format!("{} of {} are there already", human_bytes(have.bytes), human_bytes(bytes)));
     }
-    fetch::write_files(repository, &contents, &have, &options.data_dir, events).await?;
+    // Of a directory that goes on with the repository.
+    let goes_on = options.writer.is_some() || options.action == Action::Follow;
+    let whose = (repository.descriptor().repository_id, backup.backup_id);
+    let sums = goes_on.then(|| fetch::piece_sums(&options.data_dir.join(OWN_DIR), whose, &contents)).transpose()?;
+    fetch::write_files(repository, &contents, &have, &options.data_dir, (sums, events)).await?;
     let selection = leave_out(selection, &options.data_dir, &backup).await?;
     outside::adapt(&mut contents, &options.data_dir)?;
 

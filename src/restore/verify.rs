@@ -6,13 +6,15 @@ use futures::{StreamExt, TryStreamExt};
 use serde::Serialize;
 
 use super::delta::Have;
-use super::fetch::{self, Contents, REQUESTS};
+use super::fetch::{Contents, REQUESTS, check_range};
 use super::plan::Reachable;
+use super::ranges;
 use super::sample::Sample;
 use crate::error::{Error, Kind, Result};
 use crate::events::{Event, Events, Level};
 use crate::model::{Lsn, PackId};
 use crate::repository::manifest::{BackupHead, Backups};
+use crate::repository::pack::FrameRef;
 use crate::repository::{Region, Repository, WalPlace, WalSource, layout, tips};
 use crate::wal::{SegmentName, WalFileName, scan_part, scan_segment};
 
@@ -179,19 +181,24 @@ async fn look_at_contents(
     report: &mut Report,
 ) -> Result<()> {
     let broken = look_at_sizes(repository, contents, packs, consequence, report);
-    if depth == Depth::Quick {
-        return Ok(());
-    }
-    let fetch = fetch::plan(contents, &packs.known(contents, depth));
-    let wanted = |pack: PackId| !broken.contains(&pack) && depth.reads(&layout::pack(pack));
-    let checks = fetch::checks(repository, fetch).filter(|check| wanted(check.pack));
-    let checks: Vec<_> =
-        checks.map(|check| async move { (check.pack, check.bytes, check.frames, check.outcome.await) }).collect();
+    let wanted = match depth {
+        Depth::Quick => return Ok(()),
+        Depth::Full => ranges::plan(contents, &packs.known(contents, &broken)),
+        Depth::Sample(_) => ranges::plan_frames(contents, |frame| {
+            let pack = contents.packs[frame.pack as usize];
+            depth.reads(&layout::pack(pack)) && !broken.contains(&pack) && !packs.sound.contains(&(pack, frame.offset))
+        }),
+    };
+    let checks = wanted.into_iter().map(|range| async move {
+        let frames: Vec<FrameRef> = range.frames().collect();
+        (frames, check_range(repository, range).await)
+    });
+    let checks: Vec<_> = checks.collect();
     let mut checks = futures::stream::iter(checks).buffer_unordered(REQUESTS);
     let (mut all_sound, mut sound) = (true, Vec::new());
-    while let Some((pack, bytes, frames, checked)) = checks.next().await {
-        report.bytes += bytes;
-        sound.extend(frames.into_iter().map(|offset| (pack, offset)));
+    while let Some((frames, checked)) = checks.next().await {
+        report.bytes += frames.iter().map(|frame| u64::from(frame.stored)).sum::<u64>();
+        sound.extend(frames.into_iter().map(|frame| (contents.packs[frame.pack as usize], frame.offset)));
         if let Err(error) = checked {
             all_sound = false;
             report.find_or(error, consequence())?;
@@ -213,9 +220,9 @@ fn look_at_sizes(
     report: &mut Report,
 ) -> BTreeSet<PackId> {
     let mut needed: BTreeMap<PackId, u64> = BTreeMap::new();
-    for range in &fetch::plan(contents, &Have::default()).ranges {
-        let end = needed.entry(range.pack).or_default();
-        *end = range.end.max(*end);
+    for frame in contents.files.iter().flat_map(|file| &file.regions).flat_map(Region::frames) {
+        let end = needed.entry(contents.packs[frame.pack as usize]).or_default();
+        *end = frame.end().max(*end);
     }
     let mut broken = BTreeSet::new();
     for (pack, end) in needed {
@@ -238,20 +245,14 @@ struct Packs {
 }
 
 impl Packs {
-    /// The regions of which nothing has to be read.
-    fn known(&self, contents: &Contents, depth: Depth) -> Have {
-        let read: Vec<bool> = contents.packs.iter().map(|pack| depth.reads(&layout::pack(*pack))).collect();
-        let is_known = |region: &Region| {
-            let unknown = |pack: u32, offset: u64| {
-                let number = pack as usize;
-                read[number] && !self.sound.contains(&(contents.packs[number], offset))
-            };
-            match (depth, region.patches.last()) {
-                // What several frames come to is looked at too. The last of them was made for just these.
-                (Depth::Full, Some(last)) => !unknown(last.frame.pack, last.frame.offset),
-                _ => !region.frames().any(|frame| unknown(frame.pack, frame.offset)),
-            }
+    /// The regions that need not be read, or cannot be.
+    fn known(&self, contents: &Contents, broken: &BTreeSet<PackId>) -> Have {
+        let pack = |frame: FrameRef| contents.packs[frame.pack as usize];
+        // The last of several frames was made for just these.
+        let is_sound = |region: &Region| {
+            region.frames().last().is_some_and(|last| self.sound.contains(&(pack(last), last.offset)))
         };
+        let is_known = |region: &Region| is_sound(region) || region.frames().any(|frame| broken.contains(&pack(frame)));
         Have::of(contents.files.iter().map(|file| file.regions.iter().map(is_known).collect()).collect())
     }
 }

@@ -23,7 +23,9 @@ import sys
 
 import zstandard
 
-HEAD_MAGIC, INDEX_MAGIC, ENDLESS, PAGE = 0x184D2A50, 0x184D2A51, 1 << 64, 8192
+HEAD_MAGIC, INDEX_MAGIC, ENDLESS = 0x184D2A50, 0x184D2A51, 1 << 64
+# Of a region's patches: pages of a region, bytes of a piece, of which a page has eight.
+PAGES, PIECE = 128, 1024
 WAL_FRAME, IN_FLIGHT = 4 << 20, 15
 CHUNK, TAG = 32 << 10, 16
 CRC_TABLE = list(range(256))
@@ -388,12 +390,15 @@ class Repository:
 
         for number, offset, stored, plain, crc, digest, *patches in file["regions"]:
             content = bytearray(frame(number, offset, stored, digest, plain))
-            for *where, pages in patches[0] if patches else []:
-                pages = [page for page in range(128) if int(pages, 16) >> page & 1]
-                changed = frame(*where, len(pages) * PAGE)
-                for place, page in enumerate(pages):
-                    content[page * PAGE:(page + 1) * PAGE] = changed[place * PAGE:(place + 1) * PAGE]
             where = f"{packs[number]} at {offset} ({file['path']})"
+            for patch_number, patch_offset, stored, patch_plain, digest in patches[0] if patches else []:
+                patch = frame(patch_number, patch_offset, stored, digest, patch_plain)
+                at = PAGES
+                for piece in range(PAGES * 8):
+                    if patch[piece // 8] >> piece % 8 & 1:
+                        content[piece * PIECE:(piece + 1) * PIECE] = patch[at:at + PIECE]
+                        at += PIECE
+                demand(at == len(patch), where, "a patch has another length than its masks say")
             demand(len(content) == plain, where, "a patch replaces what is not there")
             demand(not (with_crc or patches) or crc32c(content) == crc, where, "the content's CRC-32C does not hold")
             yield content

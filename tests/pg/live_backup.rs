@@ -106,6 +106,37 @@ fn a_backup_that_was_killed_goes_on_with_what_it_had_put() {
 }
 
 #[test]
+fn the_first_backup_on_a_new_machine_costs_what_has_changed_since_the_last_one_on_the_old() {
+    let scratch = Scratch::new();
+    let bucket = Bucket::directory(&scratch);
+    let packs = || -> u64 {
+        let all = all_files(&bucket.path().join("packs"));
+        all.iter().map(|path| path.metadata().expect("there").len()).sum()
+    };
+    let mut machine = Machine::new(&scratch, "a", &bucket);
+    machine.start(&["--init"]).ready().with_backup();
+    fill(&machine);
+    let whole = stored_by_a_backup(&machine);
+    assert!(whole > 64 << 20, "{whole} bytes");
+    // A row in some kilobytes of each megabyte.
+    machine.sql("UPDATE filler SET noise = decode(md5(n::text), 'hex') WHERE n % 2000 = 7");
+    let expected = machine.sql(CONTENT);
+    machine.archived();
+    machine.vanish();
+    let before = packs();
+    let mut next = Machine::new(&scratch, "b", &bucket);
+    next.start(&[]).ready();
+    stored_by_a_backup(&next);
+    // All that it has put, by its schedule too.
+    let put = packs() - before;
+    assert!(put * 10 < whole, "{put} bytes, of {whole} that there are");
+    next.vanish();
+    let mut last = Machine::new(&scratch, "c", &bucket);
+    last.start(&[]).ready();
+    assert_eq!(last.sql(CONTENT), expected);
+}
+
+#[test]
 fn by_schedule_everything_is_stored_anew_once_the_last_full_backup_is_old() {
     let scratch = Scratch::new();
     let bucket = Bucket::directory(&scratch);

@@ -1,0 +1,180 @@
+//! What is fetched with which request: regions by place in the packs, neighbours together, each with its patches. Pure.
+
+use std::sync::Arc;
+
+use super::delta::Have;
+use super::fetch::Contents;
+use super::spans::{Patches, Span};
+use crate::model::PackId;
+use crate::repository::manifest::{Patch, Region};
+use crate::repository::pack::FrameRef;
+
+/// Patches that are kept in memory, as they are stored, for regions that are fetched together; of two such batches at most.
+const BATCH_MAX: u64 = 8 << 20;
+
+/// A region, and where it goes.
+#[derive(Debug, Clone)]
+pub struct Piece {
+    pub file: usize,
+    /// Of the region in the file.
+    pub offset: u64,
+    pub frame: FrameRef,
+    pub check: Check,
+}
+
+/// What a frame must be.
+#[derive(Debug, Clone)]
+pub enum Check {
+    /// So many bytes which, with these patches, have this CRC-32C.
+    Region { plain: u32, crc: u32, patches: Vec<Patch> },
+    /// What its own checksum says.
+    Frame,
+}
+
+impl Piece {
+    fn patches(&self) -> &[Patch] {
+        match &self.check {
+            Check::Region { patches, .. } => patches,
+            Check::Frame => &[],
+        }
+    }
+}
+
+/// Pieces of one pack that are fetched with one request, and what is patched over them.
+#[derive(Debug)]
+pub struct Range {
+    pub span: Span,
+    pub pieces: Vec<Piece>,
+    pub patches: Arc<Patches>,
+}
+
+impl Range {
+    /// The frames it reads.
+    pub fn frames(&self) -> impl Iterator<Item = FrameRef> + '_ {
+        let of = |piece: &'_ Piece| {
+            let patches: Vec<FrameRef> = piece.patches().iter().map(|patch| patch.frame).collect();
+            std::iter::once(piece.frame).chain(patches)
+        };
+        self.pieces.iter().flat_map(of)
+    }
+}
+
+/// What is wanted, by place in the packs, neighbours together.
+pub fn plan(contents: &Contents, have: &Have) -> Vec<Range> {
+    let mut pieces: Vec<Piece> = Vec::new();
+    for (file, entry) in contents.files.iter().enumerate() {
+        let mut offset = 0;
+        for (number, region) in entry.regions.iter().enumerate() {
+            if !have.has(file, number) {
+                let Region { frame, plain, crc, ref patches } = *region;
+                let check = Check::Region { plain, crc, patches: patches.clone() };
+                pieces.push(Piece { file, offset, frame, check });
+            }
+            offset += u64::from(region.plain);
+        }
+    }
+    in_ranges(contents, pieces)
+}
+
+/// Frames one by one, to be checked only: of a region with patches each for itself.
+pub fn plan_frames(contents: &Contents, wanted: impl Fn(FrameRef) -> bool) -> Vec<Range> {
+    let mut pieces = Vec::new();
+    for region in contents.files.iter().flat_map(|file| &file.regions) {
+        for frame in region.frames().filter(|frame| wanted(*frame)) {
+            let check = match region.patches.is_empty() {
+                true => Check::Region { plain: region.plain, crc: region.crc, patches: Vec::new() },
+                false => Check::Frame,
+            };
+            pieces.push(Piece { file: 0, offset: 0, frame, check });
+        }
+    }
+    in_ranges(contents, pieces)
+}
+
+fn in_ranges(contents: &Contents, mut pieces: Vec<Piece>) -> Vec<Range> {
+    pieces.sort_by_key(|piece| (piece.frame.pack, piece.frame.offset));
+    let mut ranges: Vec<Neighbours> = Vec::new();
+    for piece in pieces {
+        match ranges.last_mut().filter(|(span, _)| span.takes(piece.frame)) {
+            Some((span, pieces)) => {
+                span.add(piece.frame);
+                pieces.push(piece);
+            }
+            None => ranges.push((Span::of(&contents.packs, piece.frame), vec![piece])),
+        }
+    }
+    with_patches(&contents.packs, ranges)
+}
+
+/// Pieces that lie side by side.
+type Neighbours = (Span, Vec<Piece>);
+
+/// Some of them with the patches of their regions, which are fetched together.
+#[derive(Default)]
+struct Batch {
+    patches: Vec<FrameRef>,
+    neighbours: Vec<Neighbours>,
+}
+
+fn with_patches(packs: &[PackId], all: Vec<Neighbours>) -> Vec<Range> {
+    let mut batches: Vec<Batch> = Vec::new();
+    let mut bytes = 0;
+    for (span, pieces) in all {
+        let patches: Vec<_> = pieces.iter().flat_map(Piece::patches).map(|patch| patch.frame).collect();
+        let more: u64 = patches.iter().map(|frame| u64::from(frame.stored)).sum();
+        if bytes + more > BATCH_MAX || batches.is_empty() {
+            batches.push(Batch::default());
+            bytes = 0;
+        }
+        bytes += more;
+        if let Some(batch) = batches.last_mut() {
+            batch.patches.extend(patches);
+            batch.neighbours.push((span, pieces));
+        }
+    }
+    // Each batch has the next one fetched, so that none waits for its patches.
+    let (mut next, mut ranges) = (None, Vec::new());
+    for Batch { patches, neighbours } in batches.into_iter().rev() {
+        let patches = Arc::new(Patches::of(packs, patches, next.take()));
+        next = Some(Arc::clone(&patches));
+        let of = |(span, pieces)| Range { span, pieces, patches: Arc::clone(&patches) };
+        ranges.extend(neighbours.into_iter().rev().map(of));
+    }
+    ranges.reverse();
+    ranges
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::repository::codec::Sha256;
+    use crate::repository::manifest::FileEntry;
+
+    const MB: u64 = 1 << 20;
+
+    fn frame(pack: u32, offset: u64, stored: u64) -> FrameRef {
+        FrameRef { pack, offset, stored: stored as u32, sha256: Sha256([0; 32]) }
+    }
+
+    #[test]
+    fn every_region_comes_once_and_patches_are_fetched_for_some_at_a_time() {
+        // Regions that take a request each, the first without a patch.
+        let region = |number: u64| {
+            let mut region = Region::whole(frame(0, (5 - number) * 4 * MB, 4 * MB), 8192, 0);
+            if number > 0 {
+                region.patches.push(Patch { frame: frame(1, number * 3 * MB, 3 * MB), plain: 128 + 1024 });
+            }
+            region
+        };
+        let file = FileEntry { regions: (0..6).map(region).collect(), ..FileEntry::of("base/5/1", b"") };
+        let packs = vec![PackId([0; 16]), PackId([1; 16])];
+        let contents = Contents { packs, files: vec![file], ..Contents::default() };
+        let ranges = plan(&contents, &Have::default());
+        let offsets: Vec<_> = ranges.iter().flat_map(|range| &range.pieces).map(|piece| piece.offset / 8192).collect();
+        assert_eq!(offsets, [5, 4, 3, 2, 1, 0], "by their place in the pack");
+        let with = |range: &Range| ranges.iter().position(|other| Arc::ptr_eq(&range.patches, &other.patches));
+        assert_eq!(ranges.iter().map(with).collect::<Vec<_>>(), [0, 0, 2, 2, 4, 4].map(Some));
+        let frames = plan_frames(&contents, |frame| frame.pack == 1);
+        assert_eq!(frames.iter().flat_map(Range::frames).count(), 5);
+    }
+}

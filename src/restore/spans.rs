@@ -1,0 +1,162 @@
+//! Frames that lie side by side in a pack, fetched with one request; and patches, fetched for some regions together, which
+//! stay in memory until these have come.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use bytes::Bytes;
+use futures::{StreamExt, TryStreamExt};
+use tokio::sync::OnceCell;
+
+use crate::error::{Error, Result};
+use crate::model::PackId;
+use crate::repository::Repository;
+use crate::repository::pack::FrameRef;
+
+/// How much a request asks for at most.
+const SPAN_MAX: u64 = 4 << 20;
+
+/// Requests for patches at once.
+const PATCH_REQUESTS: usize = 3;
+
+/// Bytes between two wanted frames that are cheaper to read than to ask around.
+const SKIP_MAX: u64 = 128 << 10;
+
+/// A stretch of a pack.
+#[derive(Debug, Clone, Copy)]
+pub struct Span {
+    pub pack: PackId,
+    number: u32,
+    start: u64,
+    end: u64,
+}
+
+impl Span {
+    /// Just a frame.
+    pub fn of(packs: &[PackId], frame: FrameRef) -> Span {
+        Span { pack: packs[frame.pack as usize], number: frame.pack, start: frame.offset, end: frame.end() }
+    }
+
+    /// Whether the frame is near enough behind its end.
+    pub fn takes(&self, frame: FrameRef) -> bool {
+        frame.pack == self.number && frame.offset <= self.end + SKIP_MAX && frame.end() <= self.start + SPAN_MAX
+    }
+
+    pub fn add(&mut self, frame: FrameRef) {
+        self.end = self.end.max(frame.end());
+    }
+
+    pub async fn read(&self, repository: &Repository) -> Result<Bytes> {
+        repository.read_pack(self.pack, self.start..self.end).await
+    }
+
+    /// A frame in it, of what was read.
+    pub fn frame(&self, bytes: &Bytes, frame: FrameRef) -> Bytes {
+        let start = (frame.offset - self.start) as usize;
+        bytes.slice(start..start + frame.stored as usize)
+    }
+}
+
+/// Where a frame is.
+type Place = (u32, u64);
+
+/// Patches, read, with the packs they are of.
+type Fetched = HashMap<Place, (PackId, Bytes)>;
+
+/// Patches of some regions, as they are stored.
+#[derive(Debug)]
+pub struct Patches {
+    spans: Vec<(Span, Vec<FrameRef>)>,
+    fetched: OnceCell<Fetched>,
+    /// Those that are needed next, so that nobody waits for them.
+    next: Option<Arc<Patches>>,
+    is_asked_for: AtomicBool,
+}
+
+impl Patches {
+    pub fn of(packs: &[PackId], mut frames: Vec<FrameRef>, next: Option<Arc<Patches>>) -> Patches {
+        frames.sort_by_key(|frame| (frame.pack, frame.offset));
+        let mut spans: Vec<(Span, Vec<FrameRef>)> = Vec::new();
+        for frame in frames {
+            match spans.last_mut().filter(|(span, _)| span.takes(frame)) {
+                Some((span, frames)) => {
+                    span.add(frame);
+                    frames.push(frame);
+                }
+                None => spans.push((Span::of(packs, frame), vec![frame])),
+            }
+        }
+        Patches { spans, fetched: OnceCell::new(), next, is_asked_for: AtomicBool::new(false) }
+    }
+
+    /// One of those that were fetched, and its pack.
+    pub fn get(&self, frame: FrameRef) -> Result<&(PackId, Bytes)> {
+        let found = self.fetched.get().and_then(|fetched| fetched.get(&(frame.pack, frame.offset)));
+        found.ok_or_else(|| Error::internal("a patch was not fetched"))
+    }
+
+    /// The first one who asks has them fetched, and the next ones after them; the others wait.
+    pub async fn fetch_all(&self, repository: &Repository) -> Result<()> {
+        self.fetched.get_or_try_init(|| self.fetch(repository)).await?;
+        if let Some(next) = self.next.as_ref().filter(|next| !next.is_asked_for.swap(true, Ordering::Relaxed)) {
+            let (next, repository) = (Arc::clone(next), repository.clone());
+            // Should it fail, it is tried again by whoever needs them, who says so.
+            tokio::spawn(async move { next.fetched.get_or_try_init(|| next.fetch(&repository)).await.map(drop) });
+        }
+        Ok(())
+    }
+
+    async fn fetch(&self, repository: &Repository) -> Result<Fetched> {
+        let reads = self.spans.iter().map(|(span, frames)| async move {
+            let bytes = span.read(repository).await?;
+            // Copied, so that what lies between them does not stay in memory.
+            let copy = |frame: &FrameRef| Bytes::copy_from_slice(&span.frame(&bytes, *frame));
+            let frames = frames.iter().map(|frame| ((frame.pack, frame.offset), (span.pack, copy(frame))));
+            Ok::<_, Error>(frames.collect::<Vec<_>>())
+        });
+        let reads: Vec<_> = reads.collect();
+        let mut fetched = Fetched::default();
+        let mut reads = futures::stream::iter(reads).buffer_unordered(PATCH_REQUESTS);
+        while let Some(frames) = reads.try_next().await? {
+            fetched.extend(frames);
+        }
+        Ok(fetched)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::repository::codec::Sha256;
+
+    fn frame(pack: u32, offset: u64, stored: u32) -> FrameRef {
+        FrameRef { pack, offset, stored, sha256: Sha256([0; 32]) }
+    }
+
+    #[test]
+    fn neighbours_are_fetched_together_as_far_as_that_is_cheaper() {
+        let packs = [PackId([1; 16]), PackId([2; 16])];
+        let far = 100 + SKIP_MAX;
+        let frames = vec![
+            frame(1, 50, 10),
+            frame(0, far, 10),
+            frame(0, 0, 100),
+            frame(0, far + 11 + SKIP_MAX, 5),
+            frame(1, 60, SPAN_MAX as u32 - 10),
+            frame(1, 50 + SPAN_MAX, 1),
+        ];
+        let patches = Patches::of(&packs, frames, None);
+        let of = |(span, frames): &(Span, Vec<FrameRef>)| (span.number, span.start, span.end, frames.len());
+        let spans: Vec<_> = patches.spans.iter().map(of).collect();
+        let one = far + 11 + SKIP_MAX;
+        let expected = [
+            (0, 0, far + 10, 2),
+            (0, one, one + 5, 1),
+            (1, 50, 50 + SPAN_MAX, 2),
+            (1, 50 + SPAN_MAX, 51 + SPAN_MAX, 1),
+        ];
+        assert_eq!(spans, expected);
+        assert_eq!((patches.spans[0].0.pack, patches.spans[2].0.pack), (packs[0], packs[1]));
+    }
+}
