@@ -3,6 +3,7 @@
 A record is a dictionary: scene, tool, round, latency, load, and either what the meter and the bucket say, or an error.
 """
 
+import contextlib
 import os
 import random
 import shlex
@@ -22,6 +23,23 @@ from tools import Perennial, Repository, Tool
 
 WAIT_SECONDS = 600
 SEGMENT_NAME = 24
+
+# What Perennial keeps beside the data for its next backup.
+PIECE_SUMS = "pgsql_tmp_perennial/piece-sums"
+
+
+@contextlib.contextmanager
+def out_of_sight(path: Path, tool: Tool) -> Iterator[None]:
+    """While another tool than Perennial copies the directory, what is there for Perennial alone is not in it."""
+    aside = path.parent.parent.with_name(f"{path.name}-aside")
+    hidden = path.exists() and not isinstance(tool, Perennial)
+    if hidden:
+        path.rename(aside)
+    try:
+        yield
+    finally:
+        if hidden:
+            aside.rename(path)
 
 
 @dataclass(frozen=True)
@@ -203,7 +221,7 @@ class Bench:
         self.cluster.sql("CHECKPOINT")
         warm(data_dir)
         archived = self.cluster.archiving_cpu()
-        with Meter(self.programs) as measured:
+        with out_of_sight(data_dir / PIECE_SUMS, tool), Meter(self.programs) as measured:
             env = self._environment(tool, repository)
             measured.run(command, log=self.log, env=env, cwd=data_dir)
         self.cluster.archive_with("/bin/true")

@@ -26,7 +26,7 @@ use crate::postgres::{ControlFile, Version};
 use crate::repository::Repository;
 use crate::repository::manifest::{DAMAGED_MAX, DamagedPage, FileEntry, Patch, REGION, Region};
 use crate::repository::pack::{FrameRef, PackBuilder};
-use crate::repository::piece_sums::{PieceSums, Writer};
+use crate::repository::piece_sums::{Hash, PieceSums, Writer};
 
 /// Regions being read, compressed or waiting for their turn: two more than processors keep both disk and processors
 /// busy, and no more than this. Each thread holds a region, a compressor and its buffer, about 5 MB.
@@ -170,6 +170,7 @@ struct Copy<'a> {
     task: &'a Task<'a>,
     events: &'a Events,
     parent: Option<Parent>,
+    hash: Hash,
     /// For the next backup.
     sums: Option<&'a mut Writer>,
     /// The place of each pack in the list.
@@ -196,6 +197,7 @@ impl<'a> Copy<'a> {
     ) -> Result<Copy<'a>> {
         Ok(Copy {
             workers: Workers::start(in_flight())?,
+            hash: Hash::of(task.repository.descriptor().repository_id),
             task,
             events,
             parent,
@@ -256,13 +258,14 @@ impl<'a> Copy<'a> {
         let source = file.source.clone();
         let (first_block, start, codec) =
             (self.checked_block(file), self.task.start, self.task.repository.descriptor().codec);
+        let hash = self.hash.clone();
         let (past, in_pages) = (self.past(file), file.pages_have_lsn);
         let work = move || {
             let Some(open) = UncachedFile::open(&source)? else { return Ok(None) };
             let length = open.size()?.min(REGION) as usize;
             let birth = open.birth().filter(|_| in_pages);
             let known = past.and_then(|past| past.region(0, birth.as_deref()));
-            let job = Job { file: Arc::new(open), offset: 0, length, first_block, in_pages, start, codec, known };
+            let job = Job { file: Arc::new(open), offset: 0, length, first_block, in_pages, start, codec, hash, known };
             Ok(Some((region::read(&job)?, birth)))
         };
         self.may_read(file.size).await;
@@ -304,6 +307,7 @@ impl<'a> Copy<'a> {
             in_pages: file.pages_have_lsn,
             start: self.task.start,
             codec: self.task.repository.descriptor().codec,
+            hash: self.hash.clone(),
             known,
         }
     }

@@ -12,7 +12,7 @@ use crate::model::Lsn;
 use crate::postgres::page::{self, PAGE};
 use crate::repository::codec::Sha256;
 use crate::repository::patch::{self, Masks, PIECE};
-use crate::repository::piece_sums::{self, RegionSums};
+use crate::repository::piece_sums::{self, Hash, RegionSums};
 use crate::repository::{Codec, Pages, Region};
 
 /// A page that fails its checksum is read again this many times: the server may be writing it right now.
@@ -41,6 +41,7 @@ pub struct Job {
     /// Pages changed since this position may be torn: WAL writes them whole.
     pub start: Lsn,
     pub codec: Codec,
+    pub hash: Hash,
     pub known: Option<Known>,
 }
 
@@ -145,13 +146,13 @@ pub fn read(job: &Job) -> Result<Read> {
         let filled = job.file.read_at(&mut buffer, job.offset)?;
         buffer[filled..].fill(0);
         let known = job.known.as_ref();
-        let mut seen = Seen::of(&buffer, known, job.in_pages);
+        let mut seen = Seen::of(&buffer, known, job.in_pages.then_some(&job.hash));
         let mut damaged = Vec::new();
         if let Some(first_block) = job.first_block {
             let checked = check_pages(job, first_block, seen.unproven(known), &mut buffer[..filled])?;
             damaged = checked.damaged;
             if checked.read_again {
-                seen = Seen::of(&buffer, known, job.in_pages);
+                seen = Seen::of(&buffer, known, job.in_pages.then_some(&job.hash));
             }
         }
         pack(&buffer, job.codec, known, damaged, seen)
@@ -160,7 +161,7 @@ pub fn read(job: &Job) -> Result<Read> {
 
 /// Packs bytes that are in memory.
 pub fn pack_alone(plain: &[u8], codec: Codec) -> Result<Read> {
-    pack(plain, codec, None, Vec::new(), Seen::of(plain, None, false))
+    pack(plain, codec, None, Vec::new(), Seen::of(plain, None, None))
 }
 
 /// Packs a region, or finds that the last backup has it.
@@ -195,17 +196,18 @@ struct Seen {
 }
 
 impl Seen {
-    fn of(plain: &[u8], known: Option<&Known>, in_pages: bool) -> Seen {
+    /// Without a hash of a file that is not made of pages.
+    fn of(plain: &[u8], known: Option<&Known>, hash: Option<&Hash>) -> Seen {
         let crc = crc32c::crc32c(plain);
         let said = known.and_then(|known| Said::of(plain, known));
         let silent = known.zip(said).is_some_and(|(known, said)| {
             known.has_length(plain.len()) && crc == known.region.crc && said.changed.is_empty()
         });
-        let (sums, differ) = match known.and_then(Known::sums) {
-            _ if !in_pages => (None, None),
-            Some(before) if silent => (Some(before), Some(Masks::NONE)),
-            before => {
-                let sums = piece_sums::of_pieces(plain);
+        let (sums, differ) = match (known.and_then(Known::sums), hash) {
+            (_, None) => (None, None),
+            (Some(before), _) if silent => (Some(before), Some(Masks::NONE)),
+            (before, Some(hash)) => {
+                let sums = hash.pieces(plain);
                 let differ = sums.as_ref().zip(before).map(|(sums, before)| piece_sums::differing(sums, &before));
                 (sums, differ)
             }

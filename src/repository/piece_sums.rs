@@ -5,12 +5,13 @@
 //! that a patch over what is stored is what was read, to the byte. Whoever has no such file, or one of another backup, stores
 //! regions that have changed whole. It need not survive a crash, and says so if it is not whole.
 //!
-//! The hash is XXH3 with 64 bits: of a million million pieces that have changed it overlooks one with a chance of one in ten
-//! million. (With 32 bits it would be one in each four thousand million pieces.)
+//! The hash is XXH3 with 64 bits and a secret of the repository's: of a million million pieces that have changed it overlooks
+//! one with a chance of one in ten million (with 32 bits it would be one in each four thousand million pieces), and nobody who
+//! only writes rows can make two that have the same.
 
 use std::collections::HashMap;
 use std::fs::{File, OpenOptions};
-use std::hash::{DefaultHasher, Hash, Hasher};
+use std::hash::{DefaultHasher, Hasher};
 use std::io::{BufReader, BufWriter, Read, Write};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
@@ -19,6 +20,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use twox_hash::XxHash3_64;
 
+use super::codec::Sha256;
 use super::patch::{Masks, PAGES, PIECE, PIECES};
 use super::region::PAGE;
 use crate::disk;
@@ -34,22 +36,54 @@ const BUFFER: usize = 256 << 10;
 /// In place of a path's length: all is said.
 const END: u16 = u16::MAX;
 
-/// The CRC of a region, before the hashes of its pieces.
-const CRC: u64 = 4;
+/// What proves a region's hashes, before them.
+const PROOF: u64 = 8;
 
 /// Bytes of a page's hashes.
 const PAGE_SUMS: u64 = 8 * PIECES as u64;
 
 /// Bytes of what is said of so many pages.
 fn length(pages: u32) -> u64 {
-    CRC * u64::from(pages).div_ceil(PAGES as u64) + PAGE_SUMS * u64::from(pages)
+    PROOF * u64::from(pages).div_ceil(PAGES as u64) + PAGE_SUMS * u64::from(pages)
 }
 
-/// The hash of each piece; `None` of bytes that are not whole pages of one region.
-pub fn of_pieces(region: &[u8]) -> Option<Vec<u64>> {
-    let (pieces, rest) = region.as_chunks::<PIECE>();
-    let whole = rest.is_empty() && pieces.len().is_multiple_of(PIECES) && pieces.len() <= PAGES * PIECES;
-    whole.then(|| pieces.iter().map(|piece| XxHash3_64::oneshot(piece)).collect())
+/// How pieces are hashed.
+#[derive(Debug, Clone)]
+pub struct Hash(Arc<[u8; SECRET]>);
+
+/// Bytes of XXH3's secret.
+const SECRET: usize = 192;
+
+impl Hash {
+    /// With a secret that whoever knows the repository's random identifier can make.
+    pub fn of(repository: RepositoryId) -> Hash {
+        let mut secret = [0; SECRET];
+        for (number, part) in (0u8..).zip(secret.as_chunks_mut::<32>().0) {
+            *part = Sha256::of(&[&repository.0[..], &[number]].concat()).0;
+        }
+        Hash(Arc::new(secret))
+    }
+
+    fn sum(&self, bytes: &[u8]) -> u64 {
+        XxHash3_64::oneshot_with_secret(self.0.as_slice(), bytes).unwrap_or_else(|_| XxHash3_64::oneshot(bytes))
+    }
+
+    /// Of each piece; `None` of bytes that are not whole pages of one region.
+    pub fn pieces(&self, region: &[u8]) -> Option<Vec<u64>> {
+        let (pieces, rest) = region.as_chunks::<PIECE>();
+        let whole = rest.is_empty() && pieces.len().is_multiple_of(PIECES) && pieces.len() <= PAGES * PIECES;
+        whole.then(|| pieces.iter().map(|piece| self.sum(piece)).collect())
+    }
+
+    /// What is written of a region: a hash of its CRC and all that follows, then that.
+    fn record(&self, crc: u32, sums: &[u64]) -> Vec<u8> {
+        let sums: Vec<u8> = sums.iter().flat_map(|sum| sum.to_le_bytes()).collect();
+        [&self.proof(crc, &sums)[..], &sums].concat()
+    }
+
+    fn proof(&self, crc: u32, sums: &[u8]) -> [u8; PROOF as usize] {
+        self.sum(&[&crc.to_le_bytes()[..], sums].concat()).to_le_bytes()
+    }
 }
 
 /// Which pieces are others than they were, of a region as long as it was.
@@ -70,7 +104,7 @@ fn title(repository: RepositoryId, backup: BackupId) -> String {
 /// What a file's path is remembered as. Should two be the same, the CRCs are not those that the manifest has.
 fn key(path: &str) -> u64 {
     let mut hasher = DefaultHasher::new();
-    path.hash(&mut hasher);
+    hasher.write(path.as_bytes());
     hasher.finish()
 }
 
@@ -78,6 +112,7 @@ fn key(path: &str) -> u64 {
 #[derive(Debug)]
 pub struct PieceSums {
     file: Arc<File>,
+    hash: Hash,
     /// Where those of a file begin, and how many they are.
     places: HashMap<u64, (u64, u32)>,
 }
@@ -96,7 +131,7 @@ impl PieceSums {
             places.insert(key(&path), (reader.at, pages));
             reader.pass(length(pages))?;
         }
-        Some(PieceSums { file: Arc::new(file), places })
+        Some(PieceSums { file: Arc::new(file), hash: Hash::of(repository), places })
     }
 
     /// Where those of a region are, if they are there.
@@ -104,7 +139,7 @@ impl PieceSums {
         let (begin, pages) = *self.places.get(&key(path))?;
         let first = u32::try_from(number.checked_mul(PAGES as u64)?).ok()?;
         let count = pages.checked_sub(first)?.min(PAGES as u32);
-        Some(RegionSums { file: Arc::clone(&self.file), at: begin + length(first), count })
+        Some(RegionSums { file: Arc::clone(&self.file), hash: self.hash.clone(), at: begin + length(first), count })
     }
 }
 
@@ -112,21 +147,23 @@ impl PieceSums {
 #[derive(Debug, Clone)]
 pub struct RegionSums {
     file: Arc<File>,
+    hash: Hash,
     at: u64,
     count: u32,
 }
 
 impl RegionSums {
-    /// `None` when they cannot be read, or are of a region with another CRC or another length.
+    /// `None` when they cannot be read, or are not those of a region with this CRC and this length.
     pub fn of(&self, crc: u32, plain: u32) -> Option<Vec<u64>> {
         if u64::from(plain) != u64::from(self.count) * PAGE as u64 {
             return None;
         }
         let mut bytes = vec![0; length(self.count) as usize];
         self.file.read_exact_at(&mut bytes, self.at).ok()?;
-        let (there, bytes) = bytes.split_first_chunk()?;
-        let (sums, _) = bytes.as_chunks::<8>();
-        (u32::from_le_bytes(*there) == crc).then(|| sums.iter().map(|sum| u64::from_le_bytes(*sum)).collect())
+        disk::drop_from_cache(&self.file, self.at, bytes.len());
+        let (proof, sums) = bytes.split_first_chunk()?;
+        let right = *proof == self.hash.proof(crc, sums);
+        right.then(|| sums.as_chunks::<8>().0.iter().map(|sum| u64::from_le_bytes(*sum)).collect())
     }
 }
 
@@ -171,6 +208,7 @@ impl Reader<'_> {
 pub struct Filler {
     unfinished: Unfinished,
     file: File,
+    hash: Hash,
     /// Where those of each file begin.
     places: Vec<Option<u64>>,
     failed: AtomicBool,
@@ -202,16 +240,18 @@ impl Filler {
             });
         }
         put(&END.to_le_bytes(), end)?;
-        Ok(Filler { unfinished, file, places, failed: AtomicBool::new(false) })
+        Ok(Filler { unfinished, file, hash: Hash::of(repository), places, failed: AtomicBool::new(false) })
     }
 
     /// A region of a file, by number.
     pub fn region(&self, file: usize, number: u64, (region, crc): (&[u8], u32)) {
         let Some(begin) = self.places.get(file).copied().flatten() else { return };
-        let Some(sums) = of_pieces(region) else { return };
+        let Some(sums) = self.hash.pieces(region).filter(|_| !self.failed.load(Ordering::Relaxed)) else { return };
         let at = begin + number * length(PAGES as u32);
-        if self.file.write_all_at(&record(crc, &sums), at).is_err() {
+        if self.file.write_all_at(&self.hash.record(crc, &sums), at).is_err() {
+            // On a full disk the room is given back at once.
             self.failed.store(true, Ordering::Relaxed);
+            let _ = self.file.set_len(0);
         }
     }
 
@@ -228,6 +268,7 @@ impl Filler {
 pub struct Writer {
     unfinished: Unfinished,
     out: BufWriter<File>,
+    hash: Hash,
     /// Pages that are still to come of the last file.
     left: u32,
     outcome: std::io::Result<()>,
@@ -237,7 +278,7 @@ impl Writer {
     pub fn begin(directory: &Path, repository: RepositoryId, backup: BackupId) -> Result<Writer> {
         let (unfinished, file) = Unfinished::create(directory, backup)?;
         let out = BufWriter::with_capacity(BUFFER, file);
-        let mut writer = Writer { unfinished, out, left: 0, outcome: Ok(()) };
+        let mut writer = Writer { unfinished, out, hash: Hash::of(repository), left: 0, outcome: Ok(()) };
         writer.put(MAGIC);
         writer.put(&text(&title(repository, backup)));
         Ok(writer)
@@ -258,7 +299,7 @@ impl Writer {
         let pages = pages.min(self.left);
         match sums.filter(|sums| sums.len() == pages as usize * PIECES) {
             Some(sums) => {
-                self.put(&record(crc, sums));
+                self.put(&self.hash.record(crc, sums));
                 self.left -= pages;
             }
             None => self.rest(pages),
@@ -303,11 +344,6 @@ fn is_told(path: &str, pages: u32) -> bool {
 /// A text after its length.
 fn text(text: &str) -> Vec<u8> {
     [&(text.len() as u16).to_le_bytes(), text.as_bytes()].concat()
-}
-
-/// What is said of a region.
-fn record(crc: u32, sums: &[u64]) -> Vec<u8> {
-    crc.to_le_bytes().into_iter().chain(sums.iter().flat_map(|sum| sum.to_le_bytes())).collect()
 }
 
 /// A file that is not the one yet. It goes when it is not kept.
@@ -386,7 +422,7 @@ mod tests {
         assert_eq!(region("base/5/1", 1, 12, 3), None, "another length");
         assert_eq!(region("base/5/1", 2, 0, 0), None);
         assert_eq!(region("not/of/pages", 0, 13, 3), None);
-        assert_eq!(region("base/5/2", 0, 0, 3), Some(vec![0; 24]));
+        assert_eq!(region("base/5/2", 0, 0, 3), None, "nothing is said of it");
         assert!(read(2).is_none());
         assert!(PieceSums::of(directory.path(), RepositoryId([8; 16]), backup(1)).is_none());
     }
@@ -397,14 +433,15 @@ mod tests {
         let files = [("base/5/1", 130), ("base/5/1_vm", 0), ("base/5/2", 1)];
         let filler = Filler::begin(directory.path(), (REPOSITORY, backup(1)), files.into_iter()).expect("begun");
         let region: Vec<u8> = (0..PAGES * PAGE).map(|n| (n / 9) as u8).collect();
+        let hash = Hash::of(REPOSITORY);
         filler.region(0, 1, (&region[..2 * PAGE], 8));
         filler.region(1, 0, (&region[..PAGE], 9));
         filler.region(0, 0, (&region, 7));
         filler.keep().expect("kept");
         let sums = PieceSums::of(directory.path(), REPOSITORY, backup(1)).expect("there");
         let read = |path, number, crc, pages: usize| sums.region(path, number)?.of(crc, (pages * PAGE) as u32);
-        assert_eq!(read("base/5/1", 0, 7, PAGES), of_pieces(&region));
-        assert_eq!(read("base/5/1", 1, 8, 2), of_pieces(&region[..2 * PAGE]));
+        assert_eq!(read("base/5/1", 0, 7, PAGES), hash.pieces(&region));
+        assert_eq!(read("base/5/1", 1, 8, 2), hash.pieces(&region[..2 * PAGE]));
         assert_eq!(read("base/5/2", 0, 8, 1), None, "it did not come");
         assert_eq!(std::fs::read_dir(directory.path()).expect("listed").count(), 1);
     }
@@ -415,11 +452,27 @@ mod tests {
         let mut changed = region.clone();
         changed[0] ^= 1;
         changed[2 * PAGE + PIECE] ^= 1;
-        let sums = |region: &[u8]| of_pieces(region).expect("whole pages");
+        let hash = Hash::of(REPOSITORY);
+        let sums = |region: &[u8]| hash.pieces(region).expect("whole pages");
         let masks = differing(&sums(&changed), &sums(&region));
         assert_eq!((&masks.0[..3], masks.count()), (&[1, 0, 2][..], 2));
-        assert_eq!(of_pieces(&region[..PAGE + PIECE]), None);
-        assert_eq!(of_pieces(&vec![0; PAGE * PAGES + PAGE]), None);
+        assert_eq!(hash.pieces(&region[..PAGE + PIECE]), None);
+        assert_eq!(hash.pieces(&vec![0; PAGE * PAGES + PAGE]), None);
+        assert_ne!(Hash::of(RepositoryId([8; 16])).pieces(&region), hash.pieces(&region), "everybody has a secret");
+    }
+
+    #[test]
+    fn a_flipped_bit_makes_them_none() {
+        let directory = tempfile::tempdir().expect("a directory");
+        write(directory.path(), 1).keep().expect("kept");
+        let path = directory.path().join(NAME);
+        let mut bytes = std::fs::read(&path).expect("read");
+        let at = bytes.windows(8).position(|sum| sum == 700u64.to_le_bytes()).expect("a hash");
+        bytes[at] ^= 4;
+        std::fs::write(&path, bytes).expect("written");
+        let sums = PieceSums::of(directory.path(), REPOSITORY, backup(1)).expect("there");
+        let region = |number, crc, pages: u32| sums.region("base/5/1", number)?.of(crc, pages * PAGE as u32);
+        assert_eq!((region(0, 11, 128), region(1, 12, 2)), (None, Some(vec![7; 16])));
     }
 
     #[test]

@@ -28,7 +28,7 @@ use crate::repository::piece_sums::Filler;
 use crate::repository::{BesideHead, Repository, layout, patch};
 
 /// Requests at once. The memory budget of a restore is twice their product with the most that each asks for, a region for
-/// each, and patches, about 80 MB, besides the list of files.
+/// each, and patches: about 100 MB, besides the list of files.
 pub(super) const REQUESTS: usize = 6;
 
 /// Progress is told each time this many bytes were written.
@@ -166,9 +166,13 @@ async fn write_to(
     read_only.into_iter().try_for_each(|(path, mode)| set_mode(path, *mode))?;
     let sums = Arc::into_inner(into).and_then(|into| into.sums);
     if let Some(Err(error)) = sums.map(Filler::keep) {
-        events.warning(format!("the next backup stores what has changed by the megabyte: {error}"));
+        tell_no_sums(&error, events);
     }
     Ok(())
+}
+
+pub(super) fn tell_no_sums(error: &Error, events: &Events) {
+    events.warning(format!("the next backup stores what has changed by the megabyte: {error}"));
 }
 
 /// To be filled with the hashes of all pieces, for the next backup there.

@@ -121,10 +121,11 @@ pub async fn run(repository: &Repository, options: &Options, events: &Events) ->
     if delta {
         events.info(format!("{} of {} are there already", human_bytes(have.bytes), human_bytes(bytes)));
     }
-    // Of a directory that goes on with the repository.
-    let goes_on = options.writer.is_some() || options.action == Action::Follow;
-    let whose = (repository.descriptor().repository_id, backup.backup_id);
-    let sums = goes_on.then(|| fetch::piece_sums(&options.data_dir.join(OWN_DIR), whose, &contents)).transpose()?;
+    let sums = options.writer.as_ref().and_then(|_| {
+        let whose = (repository.descriptor().repository_id, backup.backup_id);
+        let filler = fetch::piece_sums(&options.data_dir.join(OWN_DIR), whose, &contents);
+        filler.inspect_err(|error| fetch::tell_no_sums(error, events)).ok()
+    });
     fetch::write_files(repository, &contents, &have, &options.data_dir, (sums, events)).await?;
     let selection = leave_out(selection, &options.data_dir, &backup).await?;
     outside::adapt(&mut contents, &options.data_dir)?;

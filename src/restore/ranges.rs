@@ -9,7 +9,8 @@ use crate::model::PackId;
 use crate::repository::manifest::{Patch, Region};
 use crate::repository::pack::FrameRef;
 
-/// Patches that are kept in memory, as they are stored, for regions that are fetched together; of two such batches at most.
+/// Patches that are kept in memory, as they are stored, for regions that are fetched together. At most three such batches are
+/// there at once: one that ends, one that begins and the next.
 const BATCH_MAX: u64 = 8 << 20;
 
 /// A region, and where it goes.
@@ -77,10 +78,10 @@ pub fn plan(contents: &Contents, have: &Have) -> Vec<Range> {
 }
 
 /// Frames one by one, to be checked only: of a region with patches each for itself.
-pub fn plan_frames(contents: &Contents, wanted: impl Fn(FrameRef) -> bool) -> Vec<Range> {
+pub fn plan_frames(contents: &Contents, wanted: impl Fn(&Region, FrameRef) -> bool) -> Vec<Range> {
     let mut pieces = Vec::new();
     for region in contents.files.iter().flat_map(|file| &file.regions) {
-        for frame in region.frames().filter(|frame| wanted(*frame)) {
+        for frame in region.frames().filter(|frame| wanted(region, *frame)) {
             let check = match region.patches.is_empty() {
                 true => Check::Region { plain: region.plain, crc: region.crc, patches: Vec::new() },
                 false => Check::Frame,
@@ -103,6 +104,8 @@ fn in_ranges(contents: &Contents, mut pieces: Vec<Piece>) -> Vec<Range> {
             None => ranges.push((Span::of(&contents.packs, piece.frame), vec![piece])),
         }
     }
+    // A disk likes files from their beginning to their end, whichever packs that takes.
+    ranges.sort_by_key(|(_, pieces)| pieces.first().map(|piece| (piece.file, piece.offset)));
     with_patches(&contents.packs, ranges)
 }
 
@@ -171,10 +174,10 @@ mod tests {
         let contents = Contents { packs, files: vec![file], ..Contents::default() };
         let ranges = plan(&contents, &Have::default());
         let offsets: Vec<_> = ranges.iter().flat_map(|range| &range.pieces).map(|piece| piece.offset / 8192).collect();
-        assert_eq!(offsets, [5, 4, 3, 2, 1, 0], "by their place in the pack");
+        assert_eq!(offsets, [0, 1, 2, 3, 4, 5], "by their place in the file");
         let with = |range: &Range| ranges.iter().position(|other| Arc::ptr_eq(&range.patches, &other.patches));
-        assert_eq!(ranges.iter().map(with).collect::<Vec<_>>(), [0, 0, 2, 2, 4, 4].map(Some));
-        let frames = plan_frames(&contents, |frame| frame.pack == 1);
+        assert_eq!(ranges.iter().map(with).collect::<Vec<_>>(), [0, 0, 0, 3, 3, 5].map(Some));
+        let frames = plan_frames(&contents, |_, frame| frame.pack == 1);
         assert_eq!(frames.iter().flat_map(Range::frames).count(), 5);
     }
 }

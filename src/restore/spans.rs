@@ -2,14 +2,13 @@
 //! stay in memory until these have come.
 
 use std::collections::HashMap;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::Bytes;
 use futures::{StreamExt, TryStreamExt};
 use tokio::sync::OnceCell;
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
 use crate::model::PackId;
 use crate::repository::Repository;
 use crate::repository::pack::FrameRef;
@@ -61,17 +60,16 @@ impl Span {
 /// Where a frame is.
 type Place = (u32, u64);
 
-/// Patches, read, with the packs they are of.
-type Fetched = HashMap<Place, (PackId, Bytes)>;
+/// Patches, read, with the packs they are of; or what is wrong with those packs.
+type Fetched = HashMap<Place, Result<(PackId, Bytes), String>>;
 
 /// Patches of some regions, as they are stored.
 #[derive(Debug)]
 pub struct Patches {
     spans: Vec<(Span, Vec<FrameRef>)>,
     fetched: OnceCell<Fetched>,
-    /// Those that are needed next, so that nobody waits for them.
-    next: Option<Arc<Patches>>,
-    is_asked_for: AtomicBool,
+    /// Those that are needed next, until they are asked for: so nobody waits for them.
+    next: Mutex<Option<Arc<Patches>>>,
 }
 
 impl Patches {
@@ -87,32 +85,43 @@ impl Patches {
                 None => spans.push((Span::of(packs, frame), vec![frame])),
             }
         }
-        Patches { spans, fetched: OnceCell::new(), next, is_asked_for: AtomicBool::new(false) }
+        Patches { spans, fetched: OnceCell::new(), next: Mutex::new(next) }
     }
 
     /// One of those that were fetched, and its pack.
     pub fn get(&self, frame: FrameRef) -> Result<&(PackId, Bytes)> {
-        let found = self.fetched.get().and_then(|fetched| fetched.get(&(frame.pack, frame.offset)));
-        found.ok_or_else(|| Error::internal("a patch was not fetched"))
+        match self.fetched.get().and_then(|fetched| fetched.get(&(frame.pack, frame.offset))) {
+            Some(Ok(found)) => Ok(found),
+            Some(Err(why)) => Err(Error::damaged(why)),
+            None => Err(Error::internal("a patch was not fetched")),
+        }
     }
 
     /// The first one who asks has them fetched, and the next ones after them; the others wait.
     pub async fn fetch_all(&self, repository: &Repository) -> Result<()> {
         self.fetched.get_or_try_init(|| self.fetch(repository)).await?;
-        if let Some(next) = self.next.as_ref().filter(|next| !next.is_asked_for.swap(true, Ordering::Relaxed)) {
-            let (next, repository) = (Arc::clone(next), repository.clone());
+        let next = self.next.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(next) = next {
+            let repository = repository.clone();
             // Should it fail, it is tried again by whoever needs them, who says so.
             tokio::spawn(async move { next.fetched.get_or_try_init(|| next.fetch(&repository)).await.map(drop) });
         }
         Ok(())
     }
 
+    /// What is damaged stays so, and is told to whoever needs it.
     async fn fetch(&self, repository: &Repository) -> Result<Fetched> {
         let reads = self.spans.iter().map(|(span, frames)| async move {
-            let bytes = span.read(repository).await?;
+            let bytes = match span.read(repository).await {
+                Err(error) if matches!(error.kind(), Kind::Damaged | Kind::NotFound) => Err(error.to_string()),
+                read => Ok(read?),
+            };
             // Copied, so that what lies between them does not stay in memory.
-            let copy = |frame: &FrameRef| Bytes::copy_from_slice(&span.frame(&bytes, *frame));
-            let frames = frames.iter().map(|frame| ((frame.pack, frame.offset), (span.pack, copy(frame))));
+            let copy = |frame: &FrameRef| {
+                let bytes = bytes.as_ref().map_err(String::clone)?;
+                Ok((span.pack, Bytes::copy_from_slice(&span.frame(bytes, *frame))))
+            };
+            let frames = frames.iter().map(|frame| ((frame.pack, frame.offset), copy(frame)));
             Ok::<_, Error>(frames.collect::<Vec<_>>())
         });
         let reads: Vec<_> = reads.collect();

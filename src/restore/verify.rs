@@ -181,12 +181,21 @@ async fn look_at_contents(
     report: &mut Report,
 ) -> Result<()> {
     let broken = look_at_sizes(repository, contents, packs, consequence, report);
+    let is_new = |frame: FrameRef| {
+        let pack = contents.packs[frame.pack as usize];
+        !broken.contains(&pack) && !packs.sound.contains(&(pack, frame.offset))
+    };
     let wanted = match depth {
         Depth::Quick => return Ok(()),
-        Depth::Full => ranges::plan(contents, &packs.known(contents, &broken)),
-        Depth::Sample(_) => ranges::plan_frames(contents, |frame| {
-            let pack = contents.packs[frame.pack as usize];
-            depth.reads(&layout::pack(pack)) && !broken.contains(&pack) && !packs.sound.contains(&(pack, frame.offset))
+        Depth::Full => {
+            let is_broken =
+                |region: &Region| region.frames().any(|frame| broken.contains(&contents.packs[frame.pack as usize]));
+            let mut wanted = ranges::plan(contents, &packs.known(contents, is_broken));
+            wanted.extend(ranges::plan_frames(contents, |region, frame| is_broken(region) && is_new(frame)));
+            wanted
+        }
+        Depth::Sample(sample) => ranges::plan_frames(contents, |_, frame| {
+            sample.takes(&layout::pack(contents.packs[frame.pack as usize])) && is_new(frame)
         }),
     };
     let checks = wanted.into_iter().map(|range| async move {
@@ -246,13 +255,13 @@ struct Packs {
 
 impl Packs {
     /// The regions that need not be read, or cannot be.
-    fn known(&self, contents: &Contents, broken: &BTreeSet<PackId>) -> Have {
-        let pack = |frame: FrameRef| contents.packs[frame.pack as usize];
+    fn known(&self, contents: &Contents, is_broken: impl Fn(&Region) -> bool) -> Have {
         // The last of several frames was made for just these.
         let is_sound = |region: &Region| {
-            region.frames().last().is_some_and(|last| self.sound.contains(&(pack(last), last.offset)))
+            let last = region.frames().last();
+            last.is_some_and(|last| self.sound.contains(&(contents.packs[last.pack as usize], last.offset)))
         };
-        let is_known = |region: &Region| is_sound(region) || region.frames().any(|frame| broken.contains(&pack(frame)));
+        let is_known = |region: &Region| is_sound(region) || is_broken(region);
         Have::of(contents.files.iter().map(|file| file.regions.iter().map(is_known).collect()).collect())
     }
 }
