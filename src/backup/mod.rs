@@ -172,7 +172,7 @@ pub async fn run(repository: &Repository, options: &Options, events: &Events) ->
     )
     .await?;
     if let Err(error) = sums.and_then(piece_sums::Writer::keep) {
-        events.warning(format!("the next backup stores what has changed by the megabyte: {error}"));
+        events.warning(piece_sums::lost(&error));
     }
     let elapsed = repository.clock().monotonic() - began;
     let read = head.bytes.saturating_sub(unread);

@@ -96,6 +96,11 @@ pub fn differing(now: &[u64], then: &[u64]) -> Masks {
     masks
 }
 
+/// What it means that they could not be kept.
+pub fn lost(error: &Error) -> String {
+    format!("the next backup stores what has changed by the megabyte: {error}")
+}
+
 /// Which backup it is of, as its file says.
 fn title(repository: RepositoryId, backup: BackupId) -> String {
     format!("{repository} {backup}")

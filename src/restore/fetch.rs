@@ -24,7 +24,7 @@ use crate::postgres::page::PAGE;
 use crate::repository::codec::{Sha256, decompress_to};
 use crate::repository::manifest::{Database, Directory, FileEntry, Line, Link, Patch, REGION, Region};
 use crate::repository::pack::FrameRef;
-use crate::repository::piece_sums::Filler;
+use crate::repository::piece_sums::{Filler, lost};
 use crate::repository::{BesideHead, Repository, layout, patch};
 
 /// Requests at once. The memory budget of a restore is twice their product with the most that each asks for, a region for
@@ -166,13 +166,9 @@ async fn write_to(
     read_only.into_iter().try_for_each(|(path, mode)| set_mode(path, *mode))?;
     let sums = Arc::into_inner(into).and_then(|into| into.sums);
     if let Some(Err(error)) = sums.map(Filler::keep) {
-        tell_no_sums(&error, events);
+        events.warning(lost(&error));
     }
     Ok(())
-}
-
-pub(super) fn tell_no_sums(error: &Error, events: &Events) {
-    events.warning(format!("the next backup stores what has changed by the megabyte: {error}"));
 }
 
 /// To be filled with the hashes of all pieces, for the next backup there.

@@ -28,7 +28,7 @@ use crate::model::{BackupId, Beside, Generation, Timeline, human_bytes};
 use crate::postgres::data_dir::{OWN_DIR, RESTORE_MARKER};
 use crate::postgres::{ControlFile, PostmasterFile, is_vacant, version_of};
 use crate::repository::manifest::{BackupHead, Database};
-use crate::repository::{Repository, Writer, origin};
+use crate::repository::{Repository, Writer, origin, piece_sums};
 
 use selected::Selection;
 
@@ -121,10 +121,11 @@ pub async fn run(repository: &Repository, options: &Options, events: &Events) ->
     if delta {
         events.info(format!("{} of {} are there already", human_bytes(have.bytes), human_bytes(bytes)));
     }
+    // A directory that goes on with the repository is told what it has.
     let sums = options.writer.as_ref().and_then(|_| {
         let whose = (repository.descriptor().repository_id, backup.backup_id);
         let filler = fetch::piece_sums(&options.data_dir.join(OWN_DIR), whose, &contents);
-        filler.inspect_err(|error| fetch::tell_no_sums(error, events)).ok()
+        filler.inspect_err(|error| events.warning(piece_sums::lost(error))).ok()
     });
     fetch::write_files(repository, &contents, &have, &options.data_dir, (sums, events)).await?;
     let selection = leave_out(selection, &options.data_dir, &backup).await?;

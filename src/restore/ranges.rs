@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::delta::Have;
 use super::fetch::Contents;
-use super::spans::{Patches, Span};
+use super::spans::{Patches, Span, neighbours};
 use crate::model::PackId;
 use crate::repository::manifest::{Patch, Region};
 use crate::repository::pack::FrameRef;
@@ -92,18 +92,8 @@ pub fn plan_frames(contents: &Contents, wanted: impl Fn(&Region, FrameRef) -> bo
     in_ranges(contents, pieces)
 }
 
-fn in_ranges(contents: &Contents, mut pieces: Vec<Piece>) -> Vec<Range> {
-    pieces.sort_by_key(|piece| (piece.frame.pack, piece.frame.offset));
-    let mut ranges: Vec<Neighbours> = Vec::new();
-    for piece in pieces {
-        match ranges.last_mut().filter(|(span, _)| span.takes(piece.frame)) {
-            Some((span, pieces)) => {
-                span.add(piece.frame);
-                pieces.push(piece);
-            }
-            None => ranges.push((Span::of(&contents.packs, piece.frame), vec![piece])),
-        }
-    }
+fn in_ranges(contents: &Contents, pieces: Vec<Piece>) -> Vec<Range> {
+    let mut ranges = neighbours(&contents.packs, pieces, |piece| piece.frame);
     // A disk likes files from their beginning to their end, whichever packs that takes.
     ranges.sort_by_key(|(_, pieces)| pieces.first().map(|piece| (piece.file, piece.offset)));
     with_patches(&contents.packs, ranges)

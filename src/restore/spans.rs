@@ -33,16 +33,16 @@ pub struct Span {
 
 impl Span {
     /// Just a frame.
-    pub fn of(packs: &[PackId], frame: FrameRef) -> Span {
+    fn of(packs: &[PackId], frame: FrameRef) -> Span {
         Span { pack: packs[frame.pack as usize], number: frame.pack, start: frame.offset, end: frame.end() }
     }
 
     /// Whether the frame is near enough behind its end.
-    pub fn takes(&self, frame: FrameRef) -> bool {
+    fn takes(&self, frame: FrameRef) -> bool {
         frame.pack == self.number && frame.offset <= self.end + SKIP_MAX && frame.end() <= self.start + SPAN_MAX
     }
 
-    pub fn add(&mut self, frame: FrameRef) {
+    fn add(&mut self, frame: FrameRef) {
         self.end = self.end.max(frame.end());
     }
 
@@ -57,11 +57,28 @@ impl Span {
     }
 }
 
+/// What lies side by side in a pack, by place; `frame` says where.
+pub fn neighbours<T>(packs: &[PackId], mut all: Vec<T>, frame: impl Fn(&T) -> FrameRef) -> Vec<(Span, Vec<T>)> {
+    all.sort_by_key(|one| (frame(one).pack, frame(one).offset));
+    let mut spans: Vec<(Span, Vec<T>)> = Vec::new();
+    for one in all {
+        let frame = frame(&one);
+        match spans.last_mut().filter(|(span, _)| span.takes(frame)) {
+            Some((span, together)) => {
+                span.add(frame);
+                together.push(one);
+            }
+            None => spans.push((Span::of(packs, frame), vec![one])),
+        }
+    }
+    spans
+}
+
 /// Where a frame is.
 type Place = (u32, u64);
 
 /// Patches, read, with the packs they are of; or what is wrong with those packs.
-type Fetched = HashMap<Place, Result<(PackId, Bytes), String>>;
+type Fetched = HashMap<Place, Result<(PackId, Bytes), Arc<Error>>>;
 
 /// Patches of some regions, as they are stored.
 #[derive(Debug)]
@@ -73,18 +90,8 @@ pub struct Patches {
 }
 
 impl Patches {
-    pub fn of(packs: &[PackId], mut frames: Vec<FrameRef>, next: Option<Arc<Patches>>) -> Patches {
-        frames.sort_by_key(|frame| (frame.pack, frame.offset));
-        let mut spans: Vec<(Span, Vec<FrameRef>)> = Vec::new();
-        for frame in frames {
-            match spans.last_mut().filter(|(span, _)| span.takes(frame)) {
-                Some((span, frames)) => {
-                    span.add(frame);
-                    frames.push(frame);
-                }
-                None => spans.push((Span::of(packs, frame), vec![frame])),
-            }
-        }
+    pub fn of(packs: &[PackId], frames: Vec<FrameRef>, next: Option<Arc<Patches>>) -> Patches {
+        let spans = neighbours(packs, frames, |frame| *frame);
         Patches { spans, fetched: OnceCell::new(), next: Mutex::new(next) }
     }
 
@@ -92,7 +99,10 @@ impl Patches {
     pub fn get(&self, frame: FrameRef) -> Result<&(PackId, Bytes)> {
         match self.fetched.get().and_then(|fetched| fetched.get(&(frame.pack, frame.offset))) {
             Some(Ok(found)) => Ok(found),
-            Some(Err(why)) => Err(Error::damaged(why)),
+            Some(Err(damage)) => {
+                let error = Error::damaged(damage.to_string());
+                Err(damage.hint_text().into_iter().fold(error, |error, hint| error.hint(hint)))
+            }
             None => Err(Error::internal("a patch was not fetched")),
         }
     }
@@ -113,12 +123,12 @@ impl Patches {
     async fn fetch(&self, repository: &Repository) -> Result<Fetched> {
         let reads = self.spans.iter().map(|(span, frames)| async move {
             let bytes = match span.read(repository).await {
-                Err(error) if matches!(error.kind(), Kind::Damaged | Kind::NotFound) => Err(error.to_string()),
+                Err(error) if error.kind() == Kind::Damaged && !error.is_retryable() => Err(Arc::new(error)),
                 read => Ok(read?),
             };
             // Copied, so that what lies between them does not stay in memory.
             let copy = |frame: &FrameRef| {
-                let bytes = bytes.as_ref().map_err(String::clone)?;
+                let bytes = bytes.as_ref().map_err(Arc::clone)?;
                 Ok((span.pack, Bytes::copy_from_slice(&span.frame(bytes, *frame))))
             };
             let frames = frames.iter().map(|frame| ((frame.pack, frame.offset), copy(frame)));
