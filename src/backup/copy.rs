@@ -10,6 +10,7 @@ use tokio::task::JoinSet;
 
 use super::UPLOADS;
 use super::changes::FileChanges;
+use super::gather::{Gathered, Places};
 use super::parent::Parent;
 use super::rate::Rate;
 use super::region::{self, Content, Job, Known, Packed, Read};
@@ -24,9 +25,10 @@ use crate::postgres::data_dir::{self, FileItem, Walk};
 use crate::postgres::page::PAGE;
 use crate::postgres::{ControlFile, Version};
 use crate::repository::Repository;
-use crate::repository::manifest::{DAMAGED_MAX, DamagedPage, FileEntry, Patch, REGION, Region};
+use crate::repository::manifest::{DAMAGED_MAX, DamagedPage, FileEntry, REGION, Region};
 use crate::repository::pack::{FrameRef, PackBuilder};
-use crate::repository::piece_sums::{Hash, PieceSums, Writer};
+use crate::repository::piece_sums::{PieceSums, Writer};
+use crate::repository::sums::Hash;
 
 /// Regions being read, compressed or waiting for their turn: two more than processors keep both disk and processors
 /// busy, and no more than this. Each thread holds a region, a compressor and its buffer, about 5 MB.
@@ -98,7 +100,7 @@ pub async fn run(
     for file in outside {
         copy.file(file, Some(file.path.clone()), None).await?;
     }
-    copy.drain(0).await?;
+    copy.drain_all().await?;
     let control = walk.files().find(|file| file.path == CONTROL_FILE);
     let control = control.ok_or_else(|| Error::damaged(format!("there is no {CONTROL_FILE}")))?;
     copy.control_file(control, version).await?;
@@ -117,7 +119,7 @@ pub async fn files_only(
     for (file, mark) in files {
         copy.file(file, None, mark.clone()).await?;
     }
-    copy.drain(0).await?;
+    copy.drain_all().await?;
     copy.finish().await
 }
 
@@ -133,6 +135,8 @@ enum Part {
     /// And how many pages it has, if it is made of pages.
     Opens(FileEntry, u32),
     Region(Answer<Read>),
+    /// A frame with patches of regions that were added before it.
+    Patches(Answer<Packed>, Places),
 }
 
 /// A file as the last backup has it.
@@ -179,6 +183,8 @@ struct Copy<'a> {
     queue: VecDeque<Part>,
     workers: Workers,
     in_flight: usize,
+    /// Patches that have no frame yet.
+    gathered: Gathered,
     rate: Option<Rate>,
     copied: Copied,
     pack: Option<PackBuilder>,
@@ -206,6 +212,7 @@ impl<'a> Copy<'a> {
             owners: HashMap::new(),
             queue: VecDeque::new(),
             in_flight: in_flight(),
+            gathered: Gathered::default(),
             rate: task.max_rate.and_then(Rate::new),
             copied: Copied::default(),
             pack: None,
@@ -364,9 +371,41 @@ impl<'a> Copy<'a> {
                         self.take(read).await?;
                     }
                 }
+                Part::Patches(packed, places) => {
+                    let frame = self.add_to_pack(answer(packed).await?).await?;
+                    places.fill(&mut self.copied.files, frame);
+                }
             }
         }
         Ok(())
+    }
+
+    /// Takes up everything, patches that wait for others too.
+    async fn drain_all(&mut self) -> Result<()> {
+        self.drain(0).await?;
+        self.pack_patches();
+        self.drain(0).await
+    }
+
+    /// Has the gathered patches made a frame.
+    fn pack_patches(&mut self) {
+        if let Some((content, places)) = self.gathered.take() {
+            let codec = self.task.repository.descriptor().codec;
+            let packed = self.workers.run(move || Packed::of(&content, codec));
+            self.queue.push_back(Part::Patches(packed, places));
+        }
+    }
+
+    /// Puts the patch of the newest file's next region to those of its neighbours.
+    fn gather(&mut self, patch: &[u8]) {
+        let file = self.copied.files.len().saturating_sub(1);
+        let place = (file, self.copied.files.last().map_or(0, |file| file.regions.len()));
+        if self.gathered.ends_before(place) {
+            self.pack_patches();
+        }
+        if self.gathered.add(place, patch) {
+            self.pack_patches();
+        }
     }
 
     fn begin(&mut self, entry: FileEntry, pages: u32) {
@@ -390,14 +429,14 @@ impl<'a> Copy<'a> {
             return Ok(());
         }
         if let Some(sums) = &mut self.sums {
-            sums.region(read.plain / PAGE as u32, read.crc, read.sums.as_deref());
+            sums.region(read.plain / PAGE as u32, read.sums.as_ref());
         }
         let region = match read.content {
             Content::Same(region) => self.adopt(region)?,
             Content::Whole(packed) => Region::whole(self.add_to_pack(packed).await?, read.plain, read.crc),
-            Content::Patch(region, packed) => {
-                let (mut region, plain) = (self.adopt(region)?, packed.plain);
-                region.patches.push(Patch { frame: self.add_to_pack(packed).await?, plain });
+            Content::Patch(region, patch) => {
+                let region = self.adopt(region)?;
+                self.gather(&patch);
                 Region { crc: read.crc, ..region }
             }
         };
@@ -418,13 +457,19 @@ impl<'a> Copy<'a> {
 
     /// A region of the last backup, its packs numbered as ours are.
     fn adopt(&mut self, mut region: Region) -> Result<Region> {
-        let frames = std::iter::once(&mut region.frame).chain(region.patches.iter_mut().map(|patch| &mut patch.frame));
-        for frame in frames {
-            let pack = self.parent.as_ref().and_then(|parent| parent.packs.get(frame.pack as usize)).copied();
-            let Some(pack) = pack else { return Err(Error::internal("a region of the last backup without a pack")) };
-            frame.pack = self.number(pack);
+        self.renumber(&mut region.frame)?;
+        if !region.patches.is_empty() {
+            let patches = Arc::make_mut(&mut region.patches);
+            patches.iter_mut().try_for_each(|patch| self.renumber(&mut patch.frame))?;
         }
         Ok(region)
+    }
+
+    fn renumber(&mut self, frame: &mut FrameRef) -> Result<()> {
+        let pack = self.parent.as_ref().and_then(|parent| parent.packs.get(frame.pack as usize)).copied();
+        let Some(pack) = pack else { return Err(Error::internal("a region of the last backup without a pack")) };
+        frame.pack = self.number(pack);
+        Ok(())
     }
 
     /// The place of a pack in the list.

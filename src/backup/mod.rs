@@ -7,6 +7,7 @@
 pub mod beside;
 mod changes;
 mod copy;
+mod gather;
 #[cfg(test)]
 mod many_increments;
 mod parent;

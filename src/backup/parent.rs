@@ -159,7 +159,7 @@ impl Parent {
         let mut used: Vec<Used> = self.packs.iter().map(|pack| used.get(pack).copied().unwrap_or_default()).collect();
         let mut total = 0;
         for region in self.files.values().flat_map(|file| &file.regions) {
-            let anew = region.frames().map(|frame| u64::from(frame.stored)).sum::<u64>().min(region.plain.into());
+            let anew = region.stored().min(region.plain.into());
             total += anew;
             for number in region.frames().map(|frame| frame.pack).collect::<BTreeSet<_>>() {
                 if let Some(pack) = used.get_mut(number as usize) {

@@ -223,9 +223,9 @@ async fn region_content(repository: &Repository, copied: &Copied, region: &Regio
         repository.read_pack(copied.packs[frame.pack as usize], range).await.expect("there")
     };
     let mut plain = decompress(&stored(region.frame).await, region.plain as usize).expect("a frame");
-    for patch in &region.patches {
-        let content = decompress(&stored(patch.frame).await, patch.plain as usize).expect("a frame");
-        let (masks, mut pieces) = content.split_at(128);
+    for patch in region.patches.iter() {
+        let content = decompress(&stored(patch.frame).await, patch.content as usize).expect("a frame");
+        let (masks, mut pieces) = content[patch.at as usize..][..patch.plain as usize].split_at(128);
         for piece in (0..1024).filter(|piece| masks[piece / 8] >> (piece % 8) & 1 == 1) {
             plain[piece * 1024..][..1024].copy_from_slice(&pieces[..1024]);
             pieces = &pieces[1024..];

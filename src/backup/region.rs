@@ -12,20 +12,24 @@ use crate::model::Lsn;
 use crate::postgres::page::{self, PAGE};
 use crate::repository::codec::Sha256;
 use crate::repository::patch::{self, Masks, PIECE};
-use crate::repository::piece_sums::{self, Hash, RegionSums};
-use crate::repository::{Codec, Pages, Region};
+use crate::repository::piece_sums::RegionSums;
+use crate::repository::sums::{Hash, Sums};
+use crate::repository::{Codec, Pages, Patch, Region};
 
 /// A page that fails its checksum is read again this many times: the server may be writing it right now.
 const REREADS: u32 = 5;
 
 /// A region is stored anew once its patches would be more than this many, or take more than this share of the room that the
-/// region itself takes: half of it. So a restore reads half more than after a full backup at most, whatever came before. A
-/// smaller share would be read faster and stored dearer: 1 + 1/share times what changed.
+/// region itself takes: half of it. So a restore reads about half more than after a full backup at most, whatever came before.
+/// A smaller share would be read faster and stored dearer: 1 + 1/share times what changed.
 const PATCHES_MAX: usize = 32;
 const SHARE: u64 = 2;
 
 /// No record lies before the first segment, however small that is: lower positions on pages are special (`GistBuildLSN`).
 const FIRST: Lsn = Lsn(1 << 20);
+
+/// Bytes that are read, and then summed up while a processor still has them at hand: of a whole region it has not.
+const STEP: usize = 128 << 10;
 
 /// What to read and how to look at it.
 #[derive(Debug, Clone)]
@@ -77,8 +81,8 @@ impl Known {
         self.region.plain as usize == length
     }
 
-    /// The hashes of the pieces there, if these are really the ones.
-    fn sums(&self) -> Option<Vec<u64>> {
+    /// The sums of the pieces there, if these are really the ones.
+    fn sums(&self) -> Option<Sums> {
         self.sums.as_ref()?.of(self.region.crc, self.region.plain)
     }
 }
@@ -89,8 +93,8 @@ pub struct Read {
     pub content: Content,
     pub plain: u32,
     pub crc: u32,
-    /// The hash of each piece, as far as it is known.
-    pub sums: Option<Vec<u64>>,
+    /// Those of each piece and page, as far as they are known.
+    pub sums: Option<Sums>,
     /// Blocks whose checksum does not hold.
     pub damaged: Vec<u32>,
     /// It was not read: WAL says that it is as the last backup has it.
@@ -105,22 +109,20 @@ pub enum Content {
     /// As the last backup has it.
     Same(Region),
     Whole(Packed),
-    /// Some pieces over what the last backup has.
-    Patch(Region, Packed),
+    /// A patch ([`patch::encode`]) over what the last backup has.
+    Patch(Region, Vec<u8>),
 }
 
 #[derive(Debug)]
 pub struct Packed {
     pub frame: Bytes,
-    /// Bytes of its content.
-    pub plain: u32,
     pub sha256: Sha256,
 }
 
 impl Packed {
-    fn of(plain: &[u8], codec: Codec) -> Result<Packed> {
+    pub fn of(plain: &[u8], codec: Codec) -> Result<Packed> {
         let frame = codec.compress(plain)?;
-        Ok(Packed { sha256: Sha256::of(&frame), plain: plain.len() as u32, frame: Bytes::from(frame) })
+        Ok(Packed { sha256: Sha256::of(&frame), frame: Bytes::from(frame) })
     }
 }
 
@@ -141,27 +143,79 @@ pub fn read(job: &Job) -> Result<Read> {
     }
     BUFFER.with(|buffer| {
         let mut buffer = buffer.borrow_mut();
-        buffer.clear();
-        buffer.resize(job.length, 0);
-        let filled = job.file.read_at(&mut buffer, job.offset)?;
-        buffer[filled..].fill(0);
+        if buffer.len() < job.length {
+            buffer.resize(job.length, 0);
+        }
+        let buffer = &mut buffer[..job.length];
+        let (filled, summed) = fill(job, buffer)?;
         let known = job.known.as_ref();
-        let mut seen = Seen::of(&buffer, known, job.in_pages.then_some(&job.hash));
+        let mut seen = Seen::of(buffer, summed, known);
         let mut damaged = Vec::new();
         if let Some(first_block) = job.first_block {
             let checked = check_pages(job, first_block, seen.unproven(known), &mut buffer[..filled])?;
             damaged = checked.damaged;
             if checked.read_again {
-                seen = Seen::of(&buffer, known, job.in_pages.then_some(&job.hash));
+                let mut summing = Summing::begin(job, buffer.len());
+                summing.add(buffer);
+                seen = Seen::of(buffer, summing.end(), known);
             }
         }
-        pack(&buffer, job.codec, known, damaged, seen)
+        pack(buffer, job.codec, known, damaged, seen)
     })
+}
+
+/// Reads the region; how much of it the file has, and the sums of all of it.
+fn fill(job: &Job, buffer: &mut [u8]) -> Result<(usize, Summed)> {
+    let (mut filled, mut summing) = (0, Summing::begin(job, buffer.len()));
+    for (step, offset) in buffer.chunks_mut(STEP).zip((job.offset..).step_by(STEP)) {
+        let read = job.file.read_at(step, offset)?;
+        step[read..].fill(0);
+        filled += read;
+        summing.add(step);
+    }
+    Ok((filled, summing.end()))
 }
 
 /// Packs bytes that are in memory.
 pub fn pack_alone(plain: &[u8], codec: Codec) -> Result<Read> {
-    pack(plain, codec, None, Vec::new(), Seen::of(plain, None, None))
+    let summed = Summed { crc: crc32c::crc32c(plain), now: None, before: None };
+    pack(plain, codec, None, Vec::new(), Seen::of(plain, summed, None))
+}
+
+/// CRC and sums of a region, and the sums that it had in the last backup, as far as it has any.
+struct Summed {
+    crc: u32,
+    now: Option<Sums>,
+    before: Option<Sums>,
+}
+
+/// Sums a region up while it is read.
+struct Summing<'a> {
+    /// Of what is not made of pages there are no hashes.
+    hash: Option<&'a Hash>,
+    crc: u32,
+    now: Sums,
+    before: Option<Sums>,
+}
+
+impl<'a> Summing<'a> {
+    fn begin(job: &'a Job, length: usize) -> Summing<'a> {
+        let hash = Some(&job.hash).filter(|_| job.in_pages && Hash::takes(length));
+        let before = hash.and(job.known.as_ref()).and_then(Known::sums);
+        Summing { hash, crc: 0, now: Sums::default(), before }
+    }
+
+    fn add(&mut self, bytes: &[u8]) {
+        match self.hash {
+            Some(hash) => hash.add(bytes, self.before.as_ref(), &mut self.now),
+            None => self.crc = crc32c::crc32c_append(self.crc, bytes),
+        }
+    }
+
+    fn end(self) -> Summed {
+        let crc = if self.hash.is_some() { self.now.crc() } else { self.crc };
+        Summed { crc, now: self.hash.map(|_| self.now), before: self.before }
+    }
 }
 
 /// Packs a region, or finds that the last backup has it.
@@ -190,28 +244,19 @@ struct Seen {
     said: Option<Said>,
     /// Its pages say that none was changed, and its CRC is as it was.
     silent: bool,
-    sums: Option<Vec<u64>>,
+    sums: Option<Sums>,
     /// The pieces that are others, as far as both have them.
     differ: Option<Masks>,
 }
 
 impl Seen {
-    /// Without a hash of a file that is not made of pages.
-    fn of(plain: &[u8], known: Option<&Known>, hash: Option<&Hash>) -> Seen {
-        let crc = crc32c::crc32c(plain);
+    fn of(plain: &[u8], summed: Summed, known: Option<&Known>) -> Seen {
+        let Summed { crc, now: sums, before } = summed;
         let said = known.and_then(|known| Said::of(plain, known));
         let silent = known.zip(said).is_some_and(|(known, said)| {
             known.has_length(plain.len()) && crc == known.region.crc && said.changed.is_empty()
         });
-        let (sums, differ) = match (known.and_then(Known::sums), hash) {
-            (_, None) => (None, None),
-            (Some(before), _) if silent => (Some(before), Some(Masks::NONE)),
-            (before, Some(hash)) => {
-                let sums = hash.pieces(plain);
-                let differ = sums.as_ref().zip(before).map(|(sums, before)| piece_sums::differing(sums, &before));
-                (sums, differ)
-            }
-        };
+        let differ = sums.as_ref().zip(before).map(|(now, before)| now.differing(&before));
         Seen { crc, said, silent, sums, differ }
     }
 
@@ -273,14 +318,12 @@ impl Said {
 fn compare(plain: &[u8], codec: Codec, known: &Known, differ: Option<Masks>) -> Result<Content> {
     let region = &known.region;
     if let Some(masks) = differ.filter(|_| region.patches.len() < PATCHES_MAX) {
-        let most = |stored: u64| stored * SHARE <= u64::from(region.frame.stored);
-        let before: u64 = region.patches.iter().map(|patch| u64::from(patch.frame.stored)).sum();
-        // It is not compressed when it cannot be small.
-        if masks.count() > 0 && masks.count() * PIECE * SHARE as usize <= plain.len() && most(before) {
-            let packed = Packed::of(&patch::encode(plain, &masks), codec)?;
-            if most(before + packed.frame.len() as u64) {
-                return Ok(Content::Patch(region.clone(), packed));
-            }
+        let (pieces, whole) = ((masks.count() * PIECE) as u64, u64::from(region.frame.stored));
+        // What it takes is known only once it lies with others in a frame.
+        let about = pieces * whole / (plain.len() as u64).max(1);
+        let before: u64 = region.patches.iter().map(Patch::stored).sum();
+        if pieces > 0 && pieces * SHARE <= plain.len() as u64 && (before + about) * SHARE <= whole {
+            return Ok(Content::Patch(region.clone(), patch::encode(plain, &masks)));
         }
     }
     let packed = Packed::of(plain, codec)?;

@@ -22,7 +22,8 @@ pub struct Needed {
     pub system_id: SystemId,
 }
 
-const FIRST_WAIT: Duration = Duration::from_millis(50);
+/// Between two looks; each wait is half as long again as the one before.
+const FIRST_WAIT: Duration = Duration::from_millis(20);
 const LONGEST_WAIT: Duration = Duration::from_secs(1);
 /// A person is told again after this long.
 const REMIND: Duration = Duration::from_secs(10);
@@ -51,7 +52,7 @@ pub async fn for_wal(repository: &Repository, needed: &Needed, timeout: Duration
             events.emit(Event::BackupWaitsForWal { through: needed.stop, missing: missing.len() as u64 });
         }
         clock.sleep(wait).await;
-        wait = (wait * 2).min(LONGEST_WAIT);
+        wait = (wait * 3 / 2).min(LONGEST_WAIT);
     }
 }
 

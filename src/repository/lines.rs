@@ -10,8 +10,8 @@ use serde::de::{DeserializeOwned, IgnoredAny};
 use serde::{Deserialize, Serialize};
 
 use super::codec::{Codec, Sha256, decompress};
-use super::region::Region;
-use super::{Repository, envelope};
+use super::region::{REGION, Region};
+use super::{Repository, crc, envelope};
 use crate::error::{Error, Result};
 use crate::model::PackId;
 use crate::storage::Body;
@@ -138,7 +138,10 @@ impl FileEntry {
     pub fn crc32c(&self) -> u32 {
         let mut regions = self.regions.iter();
         let first = regions.next().map_or(0, |region| region.crc);
-        regions.fold(first, |crc, region| crc32c::crc32c_combine(crc, region.crc, region.plain as usize))
+        regions.fold(first, |crc, region| match u64::from(region.plain) {
+            REGION => crc::REGIONS.join(crc, region.crc),
+            plain => crc32c::crc32c_combine(crc, region.crc, plain as usize),
+        })
     }
 }
 

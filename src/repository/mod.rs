@@ -6,6 +6,7 @@
 mod backup_wal;
 mod beside;
 pub mod codec;
+mod crc;
 mod descriptor;
 mod document;
 mod drill;
@@ -23,6 +24,7 @@ mod prune;
 pub mod reach;
 mod records;
 mod region;
+pub mod sums;
 pub mod vault;
 mod verification;
 mod wal_content;

@@ -12,6 +12,9 @@ pub const PIECES: usize = PAGE / PIECE;
 /// Pages of a region.
 pub const PAGES: usize = REGION as usize / PAGE;
 
+/// No frame with patches has more bytes than this, whatever a manifest says.
+pub const FRAME_MAX: u32 = 2 << 20;
+
 /// Which pieces of each of a region's pages: bit *n* for the piece *n*.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Masks(pub [u8; PAGES]);
@@ -42,7 +45,7 @@ impl Masks {
     }
 }
 
-/// What goes into the frame: the masks, then the pieces.
+/// A patch: the masks, then the pieces.
 pub fn encode(region: &[u8], masks: &Masks) -> Vec<u8> {
     let mut patch = Vec::with_capacity(PAGES + masks.count() * PIECE);
     patch.extend_from_slice(&masks.0);

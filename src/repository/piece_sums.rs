@@ -1,4 +1,4 @@
-//! A hash of every kilobyte of tables and indexes that the last backup has, in a file beside the data on the same disk: eight
+//! A hash of every kilobyte of tables and indexes that the last backup has, and each page's CRC, in a file beside the data on the same disk: eight
 //! gigabytes for a terabyte, and while a backup runs as much again.
 //!
 //! With it a backup knows which pieces of a region are others than in the last one, whatever the pages say of themselves, so
@@ -18,11 +18,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use twox_hash::XxHash3_64;
-
-use super::codec::Sha256;
-use super::patch::{Masks, PAGES, PIECE, PIECES};
+use super::patch::PAGES;
 use super::region::PAGE;
+use super::sums::{Hash, Sums};
 use crate::disk;
 use crate::error::{Error, IoContext, Result};
 use crate::model::{BackupId, RepositoryId};
@@ -39,61 +37,19 @@ const END: u16 = u16::MAX;
 /// What proves a region's hashes, before them.
 const PROOF: u64 = 8;
 
-/// Bytes of a page's hashes.
-const PAGE_SUMS: u64 = 8 * PIECES as u64;
-
 /// Bytes of what is said of so many pages.
 fn length(pages: u32) -> u64 {
-    PROOF * u64::from(pages).div_ceil(PAGES as u64) + PAGE_SUMS * u64::from(pages)
+    PROOF * u64::from(pages).div_ceil(PAGES as u64) + Sums::OF_A_PAGE as u64 * u64::from(pages)
 }
 
-/// How pieces are hashed.
-#[derive(Debug, Clone)]
-pub struct Hash(Arc<[u8; SECRET]>);
-
-/// Bytes of XXH3's secret.
-const SECRET: usize = 192;
-
-impl Hash {
-    /// With a secret that whoever knows the repository's random identifier can make.
-    pub fn of(repository: RepositoryId) -> Hash {
-        let mut secret = [0; SECRET];
-        for (number, part) in (0u8..).zip(secret.as_chunks_mut::<32>().0) {
-            *part = Sha256::of(&[&repository.0[..], &[number]].concat()).0;
-        }
-        Hash(Arc::new(secret))
-    }
-
-    fn sum(&self, bytes: &[u8]) -> u64 {
-        XxHash3_64::oneshot_with_secret(self.0.as_slice(), bytes).unwrap_or_else(|_| XxHash3_64::oneshot(bytes))
-    }
-
-    /// Of each piece; `None` of bytes that are not whole pages of one region.
-    pub fn pieces(&self, region: &[u8]) -> Option<Vec<u64>> {
-        let (pieces, rest) = region.as_chunks::<PIECE>();
-        let whole = rest.is_empty() && pieces.len().is_multiple_of(PIECES) && pieces.len() <= PAGES * PIECES;
-        whole.then(|| pieces.iter().map(|piece| self.sum(piece)).collect())
-    }
-
-    /// What is written of a region: a hash of its CRC and all that follows, then that.
-    fn record(&self, crc: u32, sums: &[u64]) -> Vec<u8> {
-        let sums: Vec<u8> = sums.iter().flat_map(|sum| sum.to_le_bytes()).collect();
-        [&self.proof(crc, &sums)[..], &sums].concat()
-    }
-
-    fn proof(&self, crc: u32, sums: &[u8]) -> [u8; PROOF as usize] {
-        self.sum(&[&crc.to_le_bytes()[..], sums].concat()).to_le_bytes()
-    }
+/// What is written of a region: a hash of its CRC and all that follows, then that.
+fn record(hash: &Hash, crc: u32, sums: &Sums) -> Vec<u8> {
+    let sums = sums.to_bytes();
+    [&proof(hash, crc, &sums)[..], &sums].concat()
 }
 
-/// Which pieces are others than they were, of a region as long as it was.
-pub fn differing(now: &[u64], then: &[u64]) -> Masks {
-    let mut masks = Masks::NONE;
-    for (mask, (now, then)) in masks.0.iter_mut().zip(now.chunks(PIECES).zip(then.chunks(PIECES))) {
-        let pairs = now.iter().zip(then).enumerate().filter(|(_, (now, then))| now != then);
-        *mask = pairs.fold(0, |mask, (piece, _)| mask | 1 << piece);
-    }
-    masks
+fn proof(hash: &Hash, crc: u32, sums: &[u8]) -> [u8; PROOF as usize] {
+    hash.sum(&[&crc.to_le_bytes()[..], sums].concat()).to_le_bytes()
 }
 
 /// What it means that they could not be kept.
@@ -159,16 +115,15 @@ pub struct RegionSums {
 
 impl RegionSums {
     /// `None` when they cannot be read, or are not those of a region with this CRC and this length.
-    pub fn of(&self, crc: u32, plain: u32) -> Option<Vec<u64>> {
+    pub fn of(&self, crc: u32, plain: u32) -> Option<Sums> {
         if u64::from(plain) != u64::from(self.count) * PAGE as u64 {
             return None;
         }
         let mut bytes = vec![0; length(self.count) as usize];
         self.file.read_exact_at(&mut bytes, self.at).ok()?;
         disk::drop_from_cache(&self.file, self.at, bytes.len());
-        let (proof, sums) = bytes.split_first_chunk()?;
-        let right = *proof == self.hash.proof(crc, sums);
-        right.then(|| sums.as_chunks::<8>().0.iter().map(|sum| u64::from_le_bytes(*sum)).collect())
+        let (found, sums) = bytes.split_first_chunk()?;
+        (*found == proof(&self.hash, crc, sums)).then(|| Sums::of_bytes(sums))
     }
 }
 
@@ -248,12 +203,19 @@ impl Filler {
         Ok(Filler { unfinished, file, hash: Hash::of(repository), places, failed: AtomicBool::new(false) })
     }
 
-    /// A region of a file, by number.
-    pub fn region(&self, file: usize, number: u64, (region, crc): (&[u8], u32)) {
+    /// Those of a region of a file, if they are wanted.
+    pub fn sums(&self, file: usize, region: &[u8]) -> Option<Sums> {
+        self.places.get(file).copied().flatten().and_then(|_| self.hash.sums(region))
+    }
+
+    /// Takes those of a region of a file, by number.
+    pub fn region(&self, file: usize, number: u64, sums: &Sums) {
         let Some(begin) = self.places.get(file).copied().flatten() else { return };
-        let Some(sums) = self.hash.pieces(region).filter(|_| !self.failed.load(Ordering::Relaxed)) else { return };
         let at = begin + number * length(PAGES as u32);
-        if self.file.write_all_at(&self.hash.record(crc, &sums), at).is_err() {
+        if self.failed.load(Ordering::Relaxed) {
+            return;
+        }
+        if self.file.write_all_at(&record(&self.hash, sums.crc(), sums), at).is_err() {
             // On a full disk the room is given back at once.
             self.failed.store(true, Ordering::Relaxed);
             let _ = self.file.set_len(0);
@@ -300,11 +262,11 @@ impl Writer {
     }
 
     /// The next region of the file. What is not known of it counts as other than anything.
-    pub fn region(&mut self, pages: u32, crc: u32, sums: Option<&[u64]>) {
+    pub fn region(&mut self, pages: u32, sums: Option<&Sums>) {
         let pages = pages.min(self.left);
-        match sums.filter(|sums| sums.len() == pages as usize * PIECES) {
+        match sums.filter(|sums| sums.pages.len() == pages as usize) {
             Some(sums) => {
-                self.put(&self.hash.record(crc, sums));
+                self.put(&record(&self.hash, sums.crc(), sums));
                 self.left -= pages;
             }
             None => self.rest(pages),
@@ -404,13 +366,18 @@ mod tests {
     fn write(directory: &Path, nonce: u16) -> Writer {
         let mut writer = Writer::begin(directory, REPOSITORY, backup(nonce)).expect("begun");
         writer.file("base/5/1", 130);
-        writer.region(128, 11, Some(&(1..=1024).collect::<Vec<_>>()));
-        writer.region(2, 12, Some(&[7; 16]));
+        writer.region(128, Some(&sums(128)));
+        writer.region(2, Some(&sums(2)));
         writer.file("not/of/pages", 0);
-        writer.region(3, 13, Some(&[1; 24]));
+        writer.region(3, Some(&sums(3)));
         writer.file("base/5/2", 3);
-        writer.region(3, 14, None);
+        writer.region(3, None);
         writer
+    }
+
+    /// Of so many pages.
+    fn sums(pages: u32) -> Sums {
+        Sums { pieces: (1..=u64::from(pages) * 8).collect(), pages: (1..=pages).collect() }
     }
 
     #[test]
@@ -421,12 +388,13 @@ mod tests {
         write(directory.path(), 1).keep().expect("kept");
         let sums = read(1).expect("there");
         let region = |path, number, crc, pages: u32| sums.region(path, number)?.of(crc, pages * PAGE as u32);
-        assert_eq!(region("base/5/1", 0, 11, 128), Some((1..=1024).collect()));
-        assert_eq!(region("base/5/1", 1, 12, 2), Some(vec![7; 16]));
-        assert_eq!(region("base/5/1", 1, 13, 2), None, "another CRC");
-        assert_eq!(region("base/5/1", 1, 12, 3), None, "another length");
+        let crc = |pages| self::sums(pages).crc();
+        assert_eq!(region("base/5/1", 0, crc(128), 128), Some(self::sums(128)));
+        assert_eq!(region("base/5/1", 1, crc(2), 2), Some(self::sums(2)));
+        assert_eq!(region("base/5/1", 1, crc(3), 2), None, "another CRC");
+        assert_eq!(region("base/5/1", 1, crc(2), 3), None, "another length");
         assert_eq!(region("base/5/1", 2, 0, 0), None);
-        assert_eq!(region("not/of/pages", 0, 13, 3), None);
+        assert_eq!(region("not/of/pages", 0, crc(3), 3), None);
         assert_eq!(region("base/5/2", 0, 0, 3), None, "nothing is said of it");
         assert!(read(2).is_none());
         assert!(PieceSums::of(directory.path(), RepositoryId([8; 16]), backup(1)).is_none());
@@ -438,32 +406,19 @@ mod tests {
         let files = [("base/5/1", 130), ("base/5/1_vm", 0), ("base/5/2", 1)];
         let filler = Filler::begin(directory.path(), (REPOSITORY, backup(1)), files.into_iter()).expect("begun");
         let region: Vec<u8> = (0..PAGES * PAGE).map(|n| (n / 9) as u8).collect();
-        let hash = Hash::of(REPOSITORY);
-        filler.region(0, 1, (&region[..2 * PAGE], 8));
-        filler.region(1, 0, (&region[..PAGE], 9));
-        filler.region(0, 0, (&region, 7));
+        let of = |pages: usize| Hash::of(REPOSITORY).sums(&region[..pages * PAGE]).expect("whole pages");
+        assert_eq!(filler.sums(0, &region[..2 * PAGE]), Some(of(2)));
+        assert_eq!(filler.sums(1, &region[..PAGE]), None);
+        filler.region(0, 1, &of(2));
+        filler.region(1, 0, &of(1));
+        filler.region(0, 0, &of(PAGES));
         filler.keep().expect("kept");
         let sums = PieceSums::of(directory.path(), REPOSITORY, backup(1)).expect("there");
         let read = |path, number, crc, pages: usize| sums.region(path, number)?.of(crc, (pages * PAGE) as u32);
-        assert_eq!(read("base/5/1", 0, 7, PAGES), hash.pieces(&region));
-        assert_eq!(read("base/5/1", 1, 8, 2), hash.pieces(&region[..2 * PAGE]));
-        assert_eq!(read("base/5/2", 0, 8, 1), None, "it did not come");
+        assert_eq!(read("base/5/1", 0, of(PAGES).crc(), PAGES), Some(of(PAGES)));
+        assert_eq!(read("base/5/1", 1, of(2).crc(), 2), Some(of(2)));
+        assert_eq!(read("base/5/2", 0, of(1).crc(), 1), None, "it did not come");
         assert_eq!(std::fs::read_dir(directory.path()).expect("listed").count(), 1);
-    }
-
-    #[test]
-    fn a_changed_piece_is_told_from_the_others() {
-        let region: Vec<u8> = (0..3 * PAGE).map(|n| (n / 9) as u8).collect();
-        let mut changed = region.clone();
-        changed[0] ^= 1;
-        changed[2 * PAGE + PIECE] ^= 1;
-        let hash = Hash::of(REPOSITORY);
-        let sums = |region: &[u8]| hash.pieces(region).expect("whole pages");
-        let masks = differing(&sums(&changed), &sums(&region));
-        assert_eq!((&masks.0[..3], masks.count()), (&[1, 0, 2][..], 2));
-        assert_eq!(hash.pieces(&region[..PAGE + PIECE]), None);
-        assert_eq!(hash.pieces(&vec![0; PAGE * PAGES + PAGE]), None);
-        assert_ne!(Hash::of(RepositoryId([8; 16])).pieces(&region), hash.pieces(&region), "everybody has a secret");
     }
 
     #[test]
@@ -475,9 +430,9 @@ mod tests {
         let at = bytes.windows(8).position(|sum| sum == 700u64.to_le_bytes()).expect("a hash");
         bytes[at] ^= 4;
         std::fs::write(&path, bytes).expect("written");
-        let sums = PieceSums::of(directory.path(), REPOSITORY, backup(1)).expect("there");
-        let region = |number, crc, pages: u32| sums.region("base/5/1", number)?.of(crc, pages * PAGE as u32);
-        assert_eq!((region(0, 11, 128), region(1, 12, 2)), (None, Some(vec![7; 16])));
+        let read = PieceSums::of(directory.path(), REPOSITORY, backup(1)).expect("there");
+        let region = |number, pages| read.region("base/5/1", number)?.of(sums(pages).crc(), pages * PAGE as u32);
+        assert_eq!((region(0, 128), region(1, 2)), (None, Some(sums(2))));
     }
 
     #[test]

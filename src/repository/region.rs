@@ -3,6 +3,7 @@
 
 use std::collections::BTreeSet;
 use std::fmt;
+use std::sync::Arc;
 
 use serde::de::{self, SeqAccess, Visitor};
 use serde::ser::SerializeSeq;
@@ -59,15 +60,38 @@ impl Pages {
     }
 }
 
-/// What has changed of a region ([`patch`]).
+/// What has changed of a region ([`patch`]): a part of a frame, which may have patches of other regions too.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Patch {
     pub frame: FrameRef,
     /// Bytes of the frame's content.
+    pub content: u32,
+    /// Where in it the patch begins, and its length.
+    pub at: u32,
     pub plain: u32,
 }
 
-/// `[pack, offset, stored, plain, crc32c, sha256]`, and with patches a list of `[pack, offset, stored, plain, sha256]`.
+impl Patch {
+    /// Its share of the room that the frame takes.
+    pub fn stored(&self) -> u64 {
+        (u64::from(self.frame.stored) * u64::from(self.plain)).div_ceil(u64::from(self.content).max(1))
+    }
+
+    /// The patch in the content of its frame.
+    pub fn of<'a>(&self, content: &'a [u8]) -> Option<&'a [u8]> {
+        content.get(self.at as usize..)?.get(..self.plain as usize)
+    }
+
+    /// Whether it can be of a region that has so many bytes.
+    fn is_sound(&self, region: u32) -> bool {
+        self.content <= patch::FRAME_MAX
+            && self.at.checked_add(self.plain).is_some_and(|end| end <= self.content)
+            && patch::is_length(self.plain as usize, region as usize)
+    }
+}
+
+/// `[pack, offset, stored, plain, crc32c, sha256]`, and with patches a list of `[pack, offset, stored, content, sha256, at,
+/// plain]`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Region {
     pub frame: FrameRef,
@@ -76,18 +100,23 @@ pub struct Region {
     /// CRC-32C of these bytes, patches applied.
     pub crc: u32,
     /// Later ones go over earlier ones.
-    pub patches: Vec<Patch>,
+    pub patches: Arc<[Patch]>,
 }
 
 impl Region {
     /// A region stored as a whole.
     pub fn whole(frame: FrameRef, plain: u32, crc: u32) -> Region {
-        Region { frame, plain, crc, patches: Vec::new() }
+        Region { frame, plain, crc, patches: Arc::default() }
     }
 
     /// All frames it needs.
     pub fn frames(&self) -> impl Iterator<Item = FrameRef> + '_ {
         std::iter::once(self.frame).chain(self.patches.iter().map(|patch| patch.frame))
+    }
+
+    /// The room that it takes.
+    pub fn stored(&self) -> u64 {
+        u64::from(self.frame.stored) + self.patches.iter().map(Patch::stored).sum::<u64>()
     }
 
     /// Whether something of it is in any of these packs.
@@ -97,11 +126,11 @@ impl Region {
 
     /// Whether its patches can be of it.
     pub fn is_sound(&self) -> bool {
-        self.patches.iter().all(|patch| patch::is_length(patch.plain as usize, self.plain as usize))
+        self.patches.iter().all(|patch| patch.is_sound(self.plain))
     }
 }
 
-type PatchTuple = (u32, u64, u32, u32, Sha256);
+type PatchTuple = (u32, u64, u32, u32, Sha256, u32, u32);
 
 impl Serialize for Region {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
@@ -113,8 +142,8 @@ impl Serialize for Region {
         list.serialize_element(&self.crc)?;
         list.serialize_element(&self.frame.sha256)?;
         if !self.patches.is_empty() {
-            let patches = self.patches.iter().map(|Patch { frame, plain }| -> PatchTuple {
-                (frame.pack, frame.offset, frame.stored, *plain, frame.sha256)
+            let patches = self.patches.iter().map(|Patch { frame, content, at, plain }| -> PatchTuple {
+                (frame.pack, frame.offset, frame.stored, *content, frame.sha256, *at, *plain)
             });
             list.serialize_element(&patches.collect::<Vec<_>>())?;
         }
@@ -144,8 +173,10 @@ impl<'de> Visitor<'de> for RegionVisitor {
         let (pack, offset, stored) = (next(&mut list)?, next(&mut list)?, next(&mut list)?);
         let (plain, crc, sha256) = (next(&mut list)?, next(&mut list)?, next(&mut list)?);
         let patches: Option<Vec<PatchTuple>> = list.next_element()?;
-        let patch = |(pack, offset, stored, plain, sha256): PatchTuple| Patch {
+        let patch = |(pack, offset, stored, content, sha256, at, plain): PatchTuple| Patch {
             frame: FrameRef { pack, offset, stored, sha256 },
+            content,
+            at,
             plain,
         };
         let patches = patches.unwrap_or_default().into_iter().map(patch).collect();
@@ -173,14 +204,20 @@ mod tests {
         let json = serde_json::to_string(&region).expect("json");
         assert_eq!(json.matches(',').count(), 5, "{json}");
         assert_eq!(serde_json::from_str::<Region>(&json).expect("reads back"), region);
-        region.patches.push(Patch { frame: frame(2), plain: 128 + 1024 });
+        let patch = |at, plain| Patch { frame: frame(2), content: 4096, at, plain };
+        region.patches = Arc::new([patch(5, 128 + 1024)]);
         let json = serde_json::to_string(&region).expect("json");
-        assert!(json.contains("[[2,7,9,1152,"), "{json}");
+        assert!(json.contains("[[2,7,9,4096,") && json.ends_with(",5,1152]]]"), "{json}");
         assert_eq!(serde_json::from_str::<Region>(&json).expect("reads back"), region);
         assert!(serde_json::from_str::<Region>("[1,2,3]").is_err());
         assert!(region.is_sound());
-        region.patches.push(Patch { frame: frame(2), plain: 128 });
-        assert!(!region.is_sound(), "a patch of nothing");
+        assert_eq!(region.stored(), 9 + 3, "of nine bytes its share");
+        for (at, plain) in [(5, 128), (4096 - 1151, 1152), (u32::MAX, 1152)] {
+            region.patches = Arc::new([patch(at, plain)]);
+            assert!(!region.is_sound(), "{plain} bytes from {at} on");
+        }
+        assert_eq!(patch(1, 2).of(b"abc"), Some(&b"bc"[..]));
+        assert_eq!(patch(2, 2).of(b"abc"), None);
     }
 
     #[test]

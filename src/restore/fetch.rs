@@ -1,11 +1,12 @@
 //! Bringing files back: frames are fetched in ranges that lie side by side in a pack, many at once, checked, and written
 //! to their places in any order.
 
+use std::collections::HashMap;
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::Bytes;
 use futures::StreamExt;
@@ -25,6 +26,7 @@ use crate::repository::codec::{Sha256, decompress_to};
 use crate::repository::manifest::{Database, Directory, FileEntry, Line, Link, Patch, REGION, Region};
 use crate::repository::pack::FrameRef;
 use crate::repository::piece_sums::{Filler, lost};
+use crate::repository::sums::Sums;
 use crate::repository::{BesideHead, Repository, layout, patch};
 
 /// Requests at once. The memory budget of a restore is twice their product with the most that each asks for, a region for
@@ -145,7 +147,8 @@ async fn write_to(
     }
     let progress = Progress { total: contents.bytes(), done: AtomicU64::new(have.bytes), events: events.clone() };
     let (flusher, given_up) = (Flusher::default(), AtomicBool::new(false));
-    let into = Arc::new(Into { paths, progress, flusher, sums, given_up });
+    let writing = paths.iter().map(|_| Mutex::default()).collect();
+    let into = Arc::new(Into { paths, writing, progress, flusher, sums, given_up });
     let ranges = plan(contents, have);
     let work: Vec<_> =
         ranges.into_iter().map(|range| fetch_range(repository.clone(), range, Some(Arc::clone(&into)))).collect();
@@ -190,6 +193,8 @@ fn place_of(data_dir: &Path, path: &str) -> Result<PathBuf> {
 /// Where files go.
 struct Into {
     paths: Vec<(PathBuf, u32)>,
+    /// Held while a file is written to. Its file system lets but one thread do that, and has the others spin meanwhile.
+    writing: Vec<Mutex<()>>,
     progress: Progress,
     flusher: Flusher,
     /// What the next backup wants to know.
@@ -216,7 +221,7 @@ async fn fetch_range(repository: Repository, range: Range, into: Option<Arc<Into
 
 fn take_range(repository: &Repository, range: &Range, bytes: &Bytes, into: Option<&Into>) -> Result<()> {
     let mut open_file: Option<(usize, File)> = None;
-    let (mut plain, mut patch) = (Vec::new(), Vec::new());
+    let (mut plain, mut opened) = (Vec::new(), Opened::default());
     for piece in &range.pieces {
         let stored = range.span.frame(bytes, piece.frame);
         let content = check_frame(&stored, piece.frame).and_then(|()| match &piece.check {
@@ -225,14 +230,15 @@ fn take_range(repository: &Repository, range: &Range, bytes: &Bytes, into: Optio
         });
         content.map_err(|why| repository.corrupt(&layout::pack(range.span.pack), why))?;
         let Check::Region { crc, patches: over, .. } = &piece.check else { continue };
-        for Patch { frame, plain: length } in over {
-            let (pack, stored) = range.patches.get(*frame)?;
-            let applied = check_frame(stored, *frame)
-                .and_then(|()| decompress_to(stored, *length as usize, &mut patch))
-                .and_then(|()| patch::apply(&patch, &mut plain));
+        for patch in over.iter() {
+            let (pack, stored) = range.patches.get(patch.frame)?;
+            let applied = opened.content(stored, patch).and_then(|content| patch::apply(content, &mut plain));
             applied.map_err(|why| repository.corrupt(&layout::pack(*pack), why))?;
         }
-        if crc32c::crc32c(&plain) != *crc {
+        // The next backup wants sums of each piece and page, and theirs add up to the region's.
+        let filler = into.and_then(|into| into.sums.as_ref());
+        let sums = filler.and_then(|filler| filler.sums(piece.file, &plain));
+        if sums.as_ref().map_or_else(|| crc32c::crc32c(&plain), Sums::crc) != *crc {
             let (key, at, with) = (layout::pack(range.span.pack), piece.frame.offset, over.len());
             let why = format!("the region at {at}, with its {with} patches, is not what the manifest says");
             return Err(repository.corrupt(&key, why));
@@ -243,13 +249,38 @@ fn take_range(repository: &Repository, range: &Range, bytes: &Bytes, into: Optio
                 None => open(&into.paths[piece.file].0, into.paths[piece.file].1)?,
             };
             into.write(piece, &file, &plain)?;
-            if let Some(sums) = &into.sums {
-                sums.region(piece.file, piece.offset / REGION, (&plain, *crc));
+            if let Some((filler, sums)) = filler.zip(sums) {
+                filler.region(piece.file, piece.offset / REGION, &sums);
             }
             open_file = Some((piece.file, file));
         }
     }
     Ok(())
+}
+
+/// What frames with patches hold: of each pack the one that was needed last, because the next region needs it too.
+#[derive(Default)]
+struct Opened(HashMap<u32, (u64, Vec<u8>)>);
+
+impl Opened {
+    /// Bytes that stay.
+    const MAX: usize = 4 << 20;
+
+    /// A patch, of the frame as it is stored.
+    fn content(&mut self, stored: &[u8], patch: &Patch) -> std::result::Result<&[u8], String> {
+        let frame = patch.frame;
+        if self.0.values().map(|(_, content)| content.len()).sum::<usize>() > Opened::MAX {
+            self.0.clear();
+        }
+        let (offset, content) = self.0.entry(frame.pack).or_default();
+        if *offset != frame.offset {
+            *offset = 0;
+            check_frame(stored, frame)?;
+            decompress_to(stored, patch.content as usize, content)?;
+            *offset = frame.offset;
+        }
+        patch.of(content).ok_or_else(|| "a patch is longer than its frame".to_owned())
+    }
 }
 
 /// Whether a frame is the one that the manifest names; otherwise why not.
@@ -263,7 +294,9 @@ fn check_frame(stored: &[u8], frame: FrameRef) -> std::result::Result<(), String
 impl Into {
     fn write(&self, piece: &Piece, file: &File, bytes: &[u8]) -> Result<()> {
         let path = &self.paths[piece.file].0;
+        let alone = self.writing[piece.file].lock().unwrap_or_else(PoisonError::into_inner);
         file.write_all_at(bytes, piece.offset).on("write", path)?;
+        drop(alone);
         self.progress.add(bytes.len() as u64);
         self.flusher.wrote(file, bytes.len() as u64).on("sync", path)
     }

@@ -1,11 +1,11 @@
 //! What is fetched with which request: regions by place in the packs, neighbours together, each with its patches. Pure.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 
 use super::delta::Have;
 use super::fetch::Contents;
-use super::spans::{Patches, Span, neighbours};
-use crate::model::PackId;
+use super::spans::{Patches, Span, neighbours, place};
 use crate::repository::manifest::{Patch, Region};
 use crate::repository::pack::FrameRef;
 
@@ -27,7 +27,7 @@ pub struct Piece {
 #[derive(Debug, Clone)]
 pub enum Check {
     /// So many bytes which, with these patches, have this CRC-32C.
-    Region { plain: u32, crc: u32, patches: Vec<Patch> },
+    Region { plain: u32, crc: u32, patches: Arc<[Patch]> },
     /// What its own checksum says.
     Frame,
 }
@@ -50,13 +50,10 @@ pub struct Range {
 }
 
 impl Range {
-    /// The frames it reads.
-    pub fn frames(&self) -> impl Iterator<Item = FrameRef> + '_ {
-        let of = |piece: &'_ Piece| {
-            let patches: Vec<FrameRef> = piece.patches().iter().map(|patch| patch.frame).collect();
-            std::iter::once(piece.frame).chain(patches)
-        };
-        self.pieces.iter().flat_map(of)
+    /// The frames it reads, those with patches of several regions as often; and where in the frame that part begins.
+    pub fn parts(&self) -> impl Iterator<Item = (FrameRef, u32)> + '_ {
+        let patches = |piece: &'_ Piece| piece.patches().to_vec().into_iter().map(|patch| (patch.frame, patch.at));
+        self.pieces.iter().flat_map(move |piece| std::iter::once((piece.frame, 0)).chain(patches(piece)))
     }
 }
 
@@ -79,11 +76,14 @@ pub fn plan(contents: &Contents, have: &Have) -> Vec<Range> {
 
 /// Frames one by one, to be checked only: of a region with patches each for itself.
 pub fn plan_frames(contents: &Contents, wanted: impl Fn(&Region, FrameRef) -> bool) -> Vec<Range> {
-    let mut pieces = Vec::new();
+    let (mut pieces, mut seen) = (Vec::new(), HashSet::new());
     for region in contents.files.iter().flat_map(|file| &file.regions) {
         for frame in region.frames().filter(|frame| wanted(region, *frame)) {
+            if !seen.insert(place(frame)) {
+                continue;
+            }
             let check = match region.patches.is_empty() {
-                true => Check::Region { plain: region.plain, crc: region.crc, patches: Vec::new() },
+                true => Check::Region { plain: region.plain, crc: region.crc, patches: Arc::default() },
                 false => Check::Frame,
             };
             pieces.push(Piece { file: 0, offset: 0, frame, check });
@@ -92,54 +92,59 @@ pub fn plan_frames(contents: &Contents, wanted: impl Fn(&Region, FrameRef) -> bo
     in_ranges(contents, pieces)
 }
 
-fn in_ranges(contents: &Contents, pieces: Vec<Piece>) -> Vec<Range> {
-    let mut ranges = neighbours(&contents.packs, pieces, |piece| piece.frame);
-    // A disk likes files from their beginning to their end, whichever packs that takes.
-    ranges.sort_by_key(|(_, pieces)| pieces.first().map(|piece| (piece.file, piece.offset)));
-    with_patches(&contents.packs, ranges)
-}
-
-/// Pieces that lie side by side.
-type Neighbours = (Span, Vec<Piece>);
-
-/// Some of them with the patches of their regions, which are fetched together.
+/// Pieces by place in the files, whose patches are fetched together.
 #[derive(Default)]
 struct Batch {
+    pieces: Vec<Piece>,
     patches: Vec<FrameRef>,
-    neighbours: Vec<Neighbours>,
 }
 
-fn with_patches(packs: &[PackId], all: Vec<Neighbours>) -> Vec<Range> {
-    let mut batches: Vec<Batch> = Vec::new();
-    let mut bytes = 0;
-    for (span, pieces) in all {
-        let patches: Vec<_> = pieces.iter().flat_map(Piece::patches).map(|patch| patch.frame).collect();
-        let more: u64 = patches.iter().map(|frame| u64::from(frame.stored)).sum();
-        if bytes + more > BATCH_MAX || batches.is_empty() {
-            batches.push(Batch::default());
-            bytes = 0;
-        }
-        bytes += more;
-        if let Some(batch) = batches.last_mut() {
-            batch.patches.extend(patches);
-            batch.neighbours.push((span, pieces));
-        }
-    }
+fn in_ranges(contents: &Contents, pieces: Vec<Piece>) -> Vec<Range> {
     // Each batch has the next one fetched, so that none waits for its patches.
     let (mut next, mut ranges) = (None, Vec::new());
-    for Batch { patches, neighbours } in batches.into_iter().rev() {
-        let patches = Arc::new(Patches::of(packs, patches, next.take()));
+    for Batch { pieces, patches } in batches(pieces).into_iter().rev() {
+        let patches = Arc::new(Patches::of(&contents.packs, patches, next.take()));
         next = Some(Arc::clone(&patches));
+        let mut spans = neighbours(&contents.packs, pieces, |piece| piece.frame);
+        // A disk likes files from their beginning to their end, whichever packs that takes.
+        spans.sort_by_key(|(_, pieces)| pieces.first().map(|piece| (piece.file, piece.offset)));
         let of = |(span, pieces)| Range { span, pieces, patches: Arc::clone(&patches) };
-        ranges.extend(neighbours.into_iter().rev().map(of));
+        ranges.extend(spans.into_iter().rev().map(of));
     }
     ranges.reverse();
     ranges
 }
 
+/// Cuts them where their patches become too many. So what lies side by side in a pack, but far apart in the files, has no
+/// patches read twice.
+fn batches(all: Vec<Piece>) -> Vec<Batch> {
+    let mut batches = vec![Batch::default()];
+    let (mut seen, mut bytes) = (HashSet::new(), 0);
+    for piece in all {
+        let stored = |new: &HashSet<_>| -> u64 {
+            let frames = piece.patches().iter().map(|patch| patch.frame).filter(|frame| !new.contains(&place(*frame)));
+            frames.map(|frame| u64::from(frame.stored)).sum()
+        };
+        let mut more = stored(&seen);
+        if bytes + more > BATCH_MAX {
+            batches.push(Batch::default());
+            (seen, bytes) = (HashSet::new(), 0);
+            more = stored(&seen);
+        }
+        bytes += more;
+        if let Some(batch) = batches.last_mut() {
+            let frames = piece.patches().iter().map(|patch| patch.frame);
+            batch.patches.extend(frames.filter(|frame| seen.insert(place(*frame))));
+            batch.pieces.push(piece);
+        }
+    }
+    batches
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::PackId;
     use crate::repository::codec::Sha256;
     use crate::repository::manifest::FileEntry;
 
@@ -154,8 +159,11 @@ mod tests {
         // Regions that take a request each, the first without a patch.
         let region = |number: u64| {
             let mut region = Region::whole(frame(0, (5 - number) * 4 * MB, 4 * MB), 8192, 0);
+            // Two of them share a frame.
             if number > 0 {
-                region.patches.push(Patch { frame: frame(1, number * 3 * MB, 3 * MB), plain: 128 + 1024 });
+                let (shared, at) = (number.min(4), if number == 5 { 1152 } else { 0 });
+                let frame = frame(1, shared * 3 * MB, 3 * MB);
+                region.patches = Arc::new([Patch { frame, content: 2304, at, plain: 1152 }]);
             }
             region
         };
@@ -166,8 +174,8 @@ mod tests {
         let offsets: Vec<_> = ranges.iter().flat_map(|range| &range.pieces).map(|piece| piece.offset / 8192).collect();
         assert_eq!(offsets, [0, 1, 2, 3, 4, 5], "by their place in the file");
         let with = |range: &Range| ranges.iter().position(|other| Arc::ptr_eq(&range.patches, &other.patches));
-        assert_eq!(ranges.iter().map(with).collect::<Vec<_>>(), [0, 0, 0, 3, 3, 5].map(Some));
+        assert_eq!(ranges.iter().map(with).collect::<Vec<_>>(), [0, 0, 0, 3, 3, 3].map(Some));
         let frames = plan_frames(&contents, |_, frame| frame.pack == 1);
-        assert_eq!(frames.iter().flat_map(Range::frames).count(), 5);
+        assert_eq!(frames.iter().flat_map(Range::parts).count(), 4);
     }
 }

@@ -75,12 +75,16 @@ pub fn neighbours<T>(packs: &[PackId], mut all: Vec<T>, frame: impl Fn(&T) -> Fr
 }
 
 /// Where a frame is.
-type Place = (u32, u64);
+pub type Place = (u32, u64);
+
+pub fn place(frame: FrameRef) -> Place {
+    (frame.pack, frame.offset)
+}
 
 /// Patches, read, with the packs they are of; or what is wrong with those packs.
 type Fetched = HashMap<Place, Result<(PackId, Bytes), Arc<Error>>>;
 
-/// Patches of some regions, as they are stored.
+/// Frames with patches of some regions, as they are stored.
 #[derive(Debug)]
 pub struct Patches {
     spans: Vec<(Span, Vec<FrameRef>)>,
@@ -95,9 +99,9 @@ impl Patches {
         Patches { spans, fetched: OnceCell::new(), next: Mutex::new(next) }
     }
 
-    /// One of those that were fetched, and its pack.
+    /// A frame of those that were fetched, and its pack.
     pub fn get(&self, frame: FrameRef) -> Result<&(PackId, Bytes)> {
-        match self.fetched.get().and_then(|fetched| fetched.get(&(frame.pack, frame.offset))) {
+        match self.fetched.get().and_then(|fetched| fetched.get(&place(frame))) {
             Some(Ok(found)) => Ok(found),
             Some(Err(damage)) => {
                 let error = Error::damaged(damage.to_string());
@@ -131,7 +135,7 @@ impl Patches {
                 let bytes = bytes.as_ref().map_err(Arc::clone)?;
                 Ok((span.pack, Bytes::copy_from_slice(&span.frame(bytes, *frame))))
             };
-            let frames = frames.iter().map(|frame| ((frame.pack, frame.offset), copy(frame)));
+            let frames = frames.iter().map(|frame| (place(*frame), copy(frame)));
             Ok::<_, Error>(frames.collect::<Vec<_>>())
         });
         let reads: Vec<_> = reads.collect();

@@ -79,7 +79,7 @@ pub async fn verify(repository: &Repository, depth: Depth, events: &Events) -> R
     for error in damaged {
         report.find(&error, "nothing can be restored from this backup".to_owned());
     }
-    let mut packs = Packs { sizes: pack_sizes(repository).await?, sound: HashSet::new() };
+    let mut packs = Packs { sizes: pack_sizes(repository).await?, ..Packs::default() };
     for backup in &sound {
         let before = report.findings.len();
         look_at_backup(repository, backup, &mut packs, depth, &mut report).await?;
@@ -183,7 +183,7 @@ async fn look_at_contents(
     let broken = look_at_sizes(repository, contents, packs, consequence, report);
     let is_new = |frame: FrameRef| {
         let pack = contents.packs[frame.pack as usize];
-        !broken.contains(&pack) && !packs.sound.contains(&(pack, frame.offset))
+        !broken.contains(&pack) && !packs.frames.contains(&(pack, frame.offset))
     };
     let wanted = match depth {
         Depth::Quick => return Ok(()),
@@ -199,15 +199,18 @@ async fn look_at_contents(
         }),
     };
     let checks = wanted.into_iter().map(|range| async move {
-        let frames: Vec<FrameRef> = range.frames().collect();
-        (frames, check_range(repository, range).await)
+        let parts: Vec<(FrameRef, u32)> = range.parts().collect();
+        (parts, check_range(repository, range).await)
     });
     let checks: Vec<_> = checks.collect();
     let mut checks = futures::stream::iter(checks).buffer_unordered(REQUESTS);
-    let (mut all_sound, mut sound) = (true, Vec::new());
-    while let Some((frames, checked)) = checks.next().await {
-        report.bytes += frames.iter().map(|frame| u64::from(frame.stored)).sum::<u64>();
-        sound.extend(frames.into_iter().map(|frame| (contents.packs[frame.pack as usize], frame.offset)));
+    let (mut all_sound, mut frames, mut parts) = (true, HashSet::new(), Vec::new());
+    while let Some((read, checked)) = checks.next().await {
+        for (frame, at) in read {
+            let pack = contents.packs[frame.pack as usize];
+            report.bytes += if frames.insert((pack, frame.offset)) { u64::from(frame.stored) } else { 0 };
+            parts.push((pack, frame.offset, at));
+        }
         if let Err(error) = checked {
             all_sound = false;
             report.find_or(error, consequence())?;
@@ -215,7 +218,8 @@ async fn look_at_contents(
     }
     // Each backup that needs something damaged says so: it is read again for the next.
     if all_sound {
-        packs.sound.extend(sound);
+        packs.frames.extend(frames);
+        packs.parts.extend(parts);
     }
     Ok(())
 }
@@ -248,18 +252,21 @@ fn look_at_sizes(
 }
 
 /// What is known of packs: their sizes, and the frames that were read and found right, of which many backups have the same.
+#[derive(Default)]
 struct Packs {
     sizes: BTreeMap<String, u64>,
-    sound: HashSet<(PackId, u64)>,
+    frames: HashSet<(PackId, u64)>,
+    /// Of frames that have patches of several regions each part, by where it begins.
+    parts: HashSet<(PackId, u64, u32)>,
 }
 
 impl Packs {
     /// The regions that need not be read, or cannot be.
     fn known(&self, contents: &Contents, is_broken: impl Fn(&Region) -> bool) -> Have {
-        // The last of several frames was made for just these.
+        // The last of several parts was made for just these.
         let is_sound = |region: &Region| {
-            let last = region.frames().last();
-            last.is_some_and(|last| self.sound.contains(&(contents.packs[last.pack as usize], last.offset)))
+            let (last, at) = region.patches.last().map_or((region.frame, 0), |patch| (patch.frame, patch.at));
+            self.parts.contains(&(contents.packs[last.pack as usize], last.offset, at))
         };
         let is_known = |region: &Region| is_sound(region) || is_broken(region);
         Have::of(contents.files.iter().map(|file| file.regions.iter().map(is_known).collect()).collect())

@@ -391,14 +391,14 @@ class Repository:
         for number, offset, stored, plain, crc, digest, *patches in file["regions"]:
             content = bytearray(frame(number, offset, stored, digest, plain))
             where = f"{packs[number]} at {offset} ({file['path']})"
-            for patch_number, patch_offset, stored, patch_plain, digest in patches[0] if patches else []:
-                patch = frame(patch_number, patch_offset, stored, digest, patch_plain)
+            for patch_number, patch_offset, stored, all_patches, digest, begin, length in patches[0] if patches else []:
+                patch = frame(patch_number, patch_offset, stored, digest, all_patches)[begin:begin + length]
                 at = PAGES
                 for piece in range(PAGES * 8):
                     if patch[piece // 8] >> piece % 8 & 1:
                         content[piece * PIECE:(piece + 1) * PIECE] = patch[at:at + PIECE]
                         at += PIECE
-                demand(at == len(patch), where, "a patch has another length than its masks say")
+                demand(at == len(patch) == length, where, "a patch has another length than its masks say")
             demand(len(content) == plain, where, "a patch replaces what is not there")
             demand(not (with_crc or patches) or crc32c(content) == crc, where, "the content's CRC-32C does not hold")
             yield content
