@@ -119,7 +119,6 @@ pub async fn files_only(
     for (file, mark) in files {
         copy.file(file, None, mark.clone()).await?;
     }
-    copy.drain_all().await?;
     copy.finish().await
 }
 
@@ -170,6 +169,13 @@ impl Past {
     }
 }
 
+/// What a pack holds: whole regions or patches. So neither lies in between for whoever fetches the others.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+enum Holds {
+    Regions,
+    Patches,
+}
+
 struct Copy<'a> {
     task: &'a Task<'a>,
     events: &'a Events,
@@ -187,7 +193,8 @@ struct Copy<'a> {
     gathered: Gathered,
     rate: Option<Rate>,
     copied: Copied,
-    pack: Option<PackBuilder>,
+    /// Packs that are not full.
+    building: HashMap<Holds, PackBuilder>,
     uploads: JoinSet<Result<()>>,
     done: u64,
     told: u64,
@@ -215,7 +222,7 @@ impl<'a> Copy<'a> {
             gathered: Gathered::default(),
             rate: task.max_rate.and_then(Rate::new),
             copied: Copied::default(),
-            pack: None,
+            building: HashMap::new(),
             uploads: JoinSet::new(),
             done: 0,
             told: 0,
@@ -372,8 +379,8 @@ impl<'a> Copy<'a> {
                     }
                 }
                 Part::Patches(packed, places) => {
-                    let frame = self.add_to_pack(answer(packed).await?).await?;
-                    places.fill(&mut self.copied.files, frame);
+                    let frame = self.add_to_pack(answer(packed).await?, Holds::Patches).await?;
+                    places.fill(&mut self.copied.files, frame)?;
                 }
             }
         }
@@ -383,13 +390,14 @@ impl<'a> Copy<'a> {
     /// Takes up everything, patches that wait for others too.
     async fn drain_all(&mut self) -> Result<()> {
         self.drain(0).await?;
-        self.pack_patches();
+        let patches = self.gathered.take();
+        self.pack_patches(patches);
         self.drain(0).await
     }
 
-    /// Has the gathered patches made a frame.
-    fn pack_patches(&mut self) {
-        if let Some((content, places)) = self.gathered.take() {
+    /// Has a frame made of patches.
+    fn pack_patches(&mut self, patches: Option<(Vec<u8>, Places)>) {
+        if let Some((content, places)) = patches {
             let codec = self.task.repository.descriptor().codec;
             let packed = self.workers.run(move || Packed::of(&content, codec));
             self.queue.push_back(Part::Patches(packed, places));
@@ -397,15 +405,15 @@ impl<'a> Copy<'a> {
     }
 
     /// Puts the patch of the newest file's next region to those of its neighbours.
-    fn gather(&mut self, patch: &[u8]) {
+    fn gather(&mut self, patch: Vec<u8>) {
         let file = self.copied.files.len().saturating_sub(1);
         let place = (file, self.copied.files.last().map_or(0, |file| file.regions.len()));
         if self.gathered.ends_before(place) {
-            self.pack_patches();
+            let patches = self.gathered.take();
+            self.pack_patches(patches);
         }
-        if self.gathered.add(place, patch) {
-            self.pack_patches();
-        }
+        let patches = self.gathered.add(place, patch);
+        self.pack_patches(patches);
     }
 
     fn begin(&mut self, entry: FileEntry, pages: u32) {
@@ -433,10 +441,13 @@ impl<'a> Copy<'a> {
         }
         let region = match read.content {
             Content::Same(region) => self.adopt(region)?,
-            Content::Whole(packed) => Region::whole(self.add_to_pack(packed).await?, read.plain, read.crc),
+            Content::Whole(packed) => {
+                let frame = self.add_to_pack(packed, Holds::Regions).await?;
+                Region::whole(frame, read.plain, read.crc)
+            }
             Content::Patch(region, patch) => {
                 let region = self.adopt(region)?;
-                self.gather(&patch);
+                self.gather(patch);
                 Region { crc: read.crc, ..region }
             }
         };
@@ -482,13 +493,13 @@ impl<'a> Copy<'a> {
         number
     }
 
-    async fn add_to_pack(&mut self, packed: Packed) -> Result<FrameRef> {
+    async fn add_to_pack(&mut self, packed: Packed, holds: Holds) -> Result<FrameRef> {
         let (stored, sha256) = (packed.frame.len() as u32, packed.sha256);
         if let Some(there) = self.task.remains.and_then(|remains| remains.find(&sha256, stored)) {
             self.copied.found += u64::from(stored);
             return Ok(FrameRef { pack: self.number(there.pack), offset: there.offset, stored, sha256 });
         }
-        let mut pack = match self.pack.take() {
+        let mut pack = match self.building.remove(&holds) {
             Some(pack) => pack,
             None => {
                 let clock = self.task.repository.clock();
@@ -501,7 +512,7 @@ impl<'a> Copy<'a> {
         if pack.is_full() {
             self.upload(pack).await?;
         } else {
-            self.pack = Some(pack);
+            self.building.insert(holds, pack);
         }
         Ok(frame)
     }
@@ -547,7 +558,8 @@ impl<'a> Copy<'a> {
     }
 
     async fn finish(mut self) -> Result<Copied> {
-        if let Some(pack) = self.pack.take() {
+        self.drain_all().await?;
+        for (_, pack) in std::mem::take(&mut self.building) {
             self.upload(pack).await?;
         }
         while !self.uploads.is_empty() {

@@ -223,7 +223,7 @@ fn pack(plain: &[u8], codec: Codec, known: Option<&Known>, damaged: Vec<u32>, se
     // What is damaged is stored as it is: neither the last backup nor the page's own word tells what it was. And the next
     // backup is to look at it again.
     let known = known.filter(|_| damaged.is_empty());
-    let (crc, sums) = (seen.crc, seen.sums.filter(|_| damaged.is_empty()));
+    let (mut crc, mut sums) = (seen.crc, seen.sums.filter(|_| damaged.is_empty()));
     let behind_wal = match known.zip(seen.said).filter(|(known, _)| known.exact && !seen.silent) {
         Some((known, said)) => said.unsaid(seen.differ.as_ref(), plain.len(), known),
         None => Pages::default(),
@@ -235,6 +235,11 @@ fn pack(plain: &[u8], codec: Codec, known: Option<&Known>, damaged: Vec<u32>, se
         Some(known) => compare(plain, codec, known, seen.differ)?,
         None => Content::Whole(Packed::of(plain, codec)?),
     };
+    // What is stored whole relies on nothing that was known before: its CRC is that of its bytes.
+    if matches!(content, Content::Whole(_)) && seen.borrowed {
+        crc = crc32c::crc32c(plain);
+        sums = sums.filter(|sums| sums.crc() == crc);
+    }
     Ok(Read { content, plain: plain.len() as u32, crc, sums, damaged, unread: false, behind_wal })
 }
 
@@ -245,6 +250,8 @@ struct Seen {
     /// Its pages say that none was changed, and its CRC is as it was.
     silent: bool,
     sums: Option<Sums>,
+    /// The CRC is made of those that pages had in the last backup.
+    borrowed: bool,
     /// The pieces that are others, as far as both have them.
     differ: Option<Masks>,
 }
@@ -256,8 +263,9 @@ impl Seen {
         let silent = known.zip(said).is_some_and(|(known, said)| {
             known.has_length(plain.len()) && crc == known.region.crc && said.changed.is_empty()
         });
+        let borrowed = before.is_some();
         let differ = sums.as_ref().zip(before).map(|(now, before)| now.differing(&before));
-        Seen { crc, said, silent, sums, differ }
+        Seen { crc, said, silent, sums, borrowed, differ }
     }
 
     /// Pages that may be damaged. Others are to the byte what they were at the last backup, which looked at them: at those too

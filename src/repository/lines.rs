@@ -169,6 +169,11 @@ impl LinesWriter {
     }
 
     fn flush(&mut self) -> Result<()> {
+        // What nobody reads must not be written.
+        if self.lines.len() as u64 > LINES_FRAME_MAX {
+            return Err(Error::refused("there is a file with too many changes for a line of a list of files")
+                .hint("take a full backup (--full)"));
+        }
         let frame = self.codec.compress(&self.lines)?;
         self.frames.push((frame.len() as u64, self.lines.len() as u64));
         self.stored.push(Bytes::from(frame));

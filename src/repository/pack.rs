@@ -39,6 +39,9 @@ pub struct PackHead {
     pub backup_id: BackupId,
 }
 
+/// No frame has more bytes, as it is stored or as it was: a region, or patches, and what an encoder adds to what it cannot compress.
+const FRAME_MAX: u32 = 4 << 20;
+
 /// Where a frame lies and what it must hash to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct FrameRef {
@@ -53,6 +56,11 @@ impl FrameRef {
     /// Where in the pack it ends.
     pub fn end(&self) -> u64 {
         self.offset + u64::from(self.stored)
+    }
+
+    /// Whether there can be such a frame.
+    pub fn is_sound(&self) -> bool {
+        self.stored <= FRAME_MAX && self.offset.checked_add(u64::from(self.stored)).is_some()
     }
 }
 

@@ -27,7 +27,7 @@ use crate::model::{BackupId, RepositoryId};
 
 const NAME: &str = "piece-sums";
 const UNFINISHED: &str = ".tmp";
-const MAGIC: &[u8; 8] = b"PPIECES1";
+const MAGIC: &[u8; 8] = b"PPIECES2";
 
 const BUFFER: usize = 256 << 10;
 

@@ -124,9 +124,11 @@ impl Region {
         !packs.is_empty() && self.frames().any(|frame| packs.contains(&frame.pack))
     }
 
-    /// Whether its patches can be of it.
+    /// Whether there can be such a region.
     pub fn is_sound(&self) -> bool {
-        self.patches.iter().all(|patch| patch.is_sound(self.plain))
+        u64::from(self.plain) <= REGION
+            && self.frames().all(|frame| frame.is_sound())
+            && self.patches.iter().all(|patch| patch.is_sound(self.plain))
     }
 }
 
@@ -212,6 +214,8 @@ mod tests {
         assert!(serde_json::from_str::<Region>("[1,2,3]").is_err());
         assert!(region.is_sound());
         assert_eq!(region.stored(), 9 + 3, "of nine bytes its share");
+        let long = FrameRef { stored: u32::MAX, ..frame(1) };
+        assert!(!Region::whole(long, 1 << 20, 42).is_sound() && !Region::whole(frame(1), 2 << 20, 42).is_sound());
         for (at, plain) in [(5, 128), (4096 - 1151, 1152), (u32::MAX, 1152)] {
             region.patches = Arc::new([patch(at, plain)]);
             assert!(!region.is_sound(), "{plain} bytes from {at} on");

@@ -29,8 +29,8 @@ use crate::repository::piece_sums::{Filler, lost};
 use crate::repository::sums::Sums;
 use crate::repository::{BesideHead, Repository, layout, patch};
 
-/// Requests at once. The memory budget of a restore is twice their product with the most that each asks for, a region for
-/// each, and patches: about 100 MB, besides the list of files.
+/// Requests at once. The memory budget of a restore is their product with the most that each asks for, a region and opened
+/// patches, and batches of patches: about 75 MB, besides the list of files.
 pub(super) const REQUESTS: usize = 6;
 
 /// Progress is told each time this many bytes were written.
@@ -104,7 +104,7 @@ impl Contents {
                 return Err(wrong(format!("{} names a pack that is not listed", file.path)));
             }
             if !file.regions.iter().all(Region::is_sound) {
-                return Err(wrong(format!("a patch of {} replaces what is not there", file.path)));
+                return Err(wrong(format!("{} has a region that cannot be", file.path)));
             }
         }
         Ok(())
@@ -258,28 +258,38 @@ fn take_range(repository: &Repository, range: &Range, bytes: &Bytes, into: Optio
     Ok(())
 }
 
-/// What frames with patches hold: of each pack the one that was needed last, because the next region needs it too.
+/// What frames with patches of several regions hold: of each pack the one that was needed last, because the next region needs
+/// it too.
 #[derive(Default)]
-struct Opened(HashMap<u32, (u64, Vec<u8>)>);
+struct Opened {
+    shared: HashMap<u32, (u64, Vec<u8>)>,
+    alone: Vec<u8>,
+}
 
 impl Opened {
-    /// Bytes that stay.
-    const MAX: usize = 4 << 20;
+    /// Bytes that stay: of each of a region's patches a frame, of 80 kB at most.
+    const MAX: usize = 3 << 20;
 
     /// A patch, of the frame as it is stored.
     fn content(&mut self, stored: &[u8], patch: &Patch) -> std::result::Result<&[u8], String> {
-        let frame = patch.frame;
-        if self.0.values().map(|(_, content)| content.len()).sum::<usize>() > Opened::MAX {
-            self.0.clear();
-        }
-        let (offset, content) = self.0.entry(frame.pack).or_default();
-        if *offset != frame.offset {
-            *offset = 0;
+        let (frame, length) = (patch.frame, patch.content as usize);
+        if patch.plain == patch.content {
             check_frame(stored, frame)?;
-            decompress_to(stored, patch.content as usize, content)?;
-            *offset = frame.offset;
+            decompress_to(stored, length, &mut self.alone)?;
+            return Ok(&self.alone);
         }
-        patch.of(content).ok_or_else(|| "a patch is longer than its frame".to_owned())
+        if self.shared.get(&frame.pack).is_none_or(|(offset, _)| *offset != frame.offset) {
+            self.shared.remove(&frame.pack);
+            if self.shared.values().map(|(_, content)| content.capacity()).sum::<usize>() > Opened::MAX {
+                self.shared.clear();
+            }
+            let mut content = Vec::new();
+            check_frame(stored, frame)?;
+            decompress_to(stored, length, &mut content)?;
+            self.shared.insert(frame.pack, (frame.offset, content));
+        }
+        let content = self.shared.get(&frame.pack).and_then(|(_, content)| patch.of(content));
+        content.ok_or_else(|| "a patch is longer than its frame".to_owned())
     }
 }
 

@@ -3,15 +3,18 @@
 use std::collections::HashSet;
 use std::sync::Arc;
 
+use tokio::sync::Semaphore;
+
 use super::delta::Have;
 use super::fetch::Contents;
 use super::spans::{Patches, Span, neighbours, place};
 use crate::repository::manifest::{Patch, Region};
 use crate::repository::pack::FrameRef;
 
-/// Patches that are kept in memory, as they are stored, for regions that are fetched together. At most three such batches are
+/// Patches that are kept in memory, as they are stored, for regions that are fetched together, and how many such batches are
 /// there at once: one that ends, one that begins and the next.
-const BATCH_MAX: u64 = 8 << 20;
+const BATCH_MAX: u64 = 6 << 20;
+const BATCHES: usize = 3;
 
 /// A region, and where it goes.
 #[derive(Debug, Clone)]
@@ -50,10 +53,23 @@ pub struct Range {
 }
 
 impl Range {
-    /// The frames it reads, those with patches of several regions as often; and where in the frame that part begins.
-    pub fn parts(&self) -> impl Iterator<Item = (FrameRef, u32)> + '_ {
-        let patches = |piece: &'_ Piece| piece.patches().to_vec().into_iter().map(|patch| (patch.frame, patch.at));
-        self.pieces.iter().flat_map(move |piece| std::iter::once((piece.frame, 0)).chain(patches(piece)))
+    /// The frames it reads, those with patches of several regions as often.
+    pub fn frames(&self) -> impl Iterator<Item = FrameRef> + '_ {
+        let of = |piece: &'_ Piece| {
+            let patches: Vec<FrameRef> = piece.patches().iter().map(|patch| patch.frame).collect();
+            std::iter::once(piece.frame).chain(patches)
+        };
+        self.pieces.iter().flat_map(of)
+    }
+
+    /// The regions that it puts together.
+    pub fn regions(&self) -> impl Iterator<Item = Region> + '_ {
+        self.pieces.iter().filter_map(|piece| match &piece.check {
+            Check::Region { plain, crc, patches } => {
+                Some(Region { frame: piece.frame, plain: *plain, crc: *crc, patches: Arc::clone(patches) })
+            }
+            Check::Frame => None,
+        })
     }
 }
 
@@ -101,9 +117,9 @@ struct Batch {
 
 fn in_ranges(contents: &Contents, pieces: Vec<Piece>) -> Vec<Range> {
     // Each batch has the next one fetched, so that none waits for its patches.
-    let (mut next, mut ranges) = (None, Vec::new());
+    let (mut next, mut ranges, room) = (None, Vec::new(), Arc::new(Semaphore::new(BATCHES)));
     for Batch { pieces, patches } in batches(pieces).into_iter().rev() {
-        let patches = Arc::new(Patches::of(&contents.packs, patches, next.take()));
+        let patches = Arc::new(Patches::of(&contents.packs, patches, (next.take(), Arc::clone(&room))));
         next = Some(Arc::clone(&patches));
         let mut spans = neighbours(&contents.packs, pieces, |piece| piece.frame);
         // A disk likes files from their beginning to their end, whichever packs that takes.
@@ -126,7 +142,7 @@ fn batches(all: Vec<Piece>) -> Vec<Batch> {
             frames.map(|frame| u64::from(frame.stored)).sum()
         };
         let mut more = stored(&seen);
-        if bytes + more > BATCH_MAX {
+        if bytes + more > BATCH_MAX && bytes > 0 {
             batches.push(Batch::default());
             (seen, bytes) = (HashSet::new(), 0);
             more = stored(&seen);
@@ -176,6 +192,6 @@ mod tests {
         let with = |range: &Range| ranges.iter().position(|other| Arc::ptr_eq(&range.patches, &other.patches));
         assert_eq!(ranges.iter().map(with).collect::<Vec<_>>(), [0, 0, 0, 3, 3, 3].map(Some));
         let frames = plan_frames(&contents, |_, frame| frame.pack == 1);
-        assert_eq!(frames.iter().flat_map(Range::parts).count(), 4);
+        assert_eq!(frames.iter().flat_map(Range::frames).count(), 4);
     }
 }

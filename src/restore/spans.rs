@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::Bytes;
 use futures::{StreamExt, TryStreamExt};
-use tokio::sync::OnceCell;
+use tokio::sync::{OnceCell, OwnedSemaphorePermit, Semaphore};
 
 use crate::error::{Error, Kind, Result};
 use crate::model::PackId;
@@ -88,20 +88,26 @@ type Fetched = HashMap<Place, Result<(PackId, Bytes), Arc<Error>>>;
 #[derive(Debug)]
 pub struct Patches {
     spans: Vec<(Span, Vec<FrameRef>)>,
-    fetched: OnceCell<Fetched>,
+    fetched: OnceCell<(Fetched, OwnedSemaphorePermit)>,
+    /// How many of its kind may be fetched at once, this one among them until it is done with.
+    room: Arc<Semaphore>,
     /// Those that are needed next, until they are asked for: so nobody waits for them.
     next: Mutex<Option<Arc<Patches>>>,
 }
 
 impl Patches {
-    pub fn of(packs: &[PackId], frames: Vec<FrameRef>, next: Option<Arc<Patches>>) -> Patches {
+    pub fn of(
+        packs: &[PackId],
+        frames: Vec<FrameRef>,
+        (next, room): (Option<Arc<Patches>>, Arc<Semaphore>),
+    ) -> Patches {
         let spans = neighbours(packs, frames, |frame| *frame);
-        Patches { spans, fetched: OnceCell::new(), next: Mutex::new(next) }
+        Patches { spans, fetched: OnceCell::new(), room, next: Mutex::new(next) }
     }
 
     /// A frame of those that were fetched, and its pack.
     pub fn get(&self, frame: FrameRef) -> Result<&(PackId, Bytes)> {
-        match self.fetched.get().and_then(|fetched| fetched.get(&place(frame))) {
+        match self.fetched.get().and_then(|(fetched, _)| fetched.get(&place(frame))) {
             Some(Ok(found)) => Ok(found),
             Some(Err(damage)) => {
                 let error = Error::damaged(damage.to_string());
@@ -124,7 +130,9 @@ impl Patches {
     }
 
     /// What is damaged stays so, and is told to whoever needs it.
-    async fn fetch(&self, repository: &Repository) -> Result<Fetched> {
+    async fn fetch(&self, repository: &Repository) -> Result<(Fetched, OwnedSemaphorePermit)> {
+        let room = Arc::clone(&self.room).acquire_owned().await;
+        let room = room.map_err(|e| Error::internal("no room for patches").source(e))?;
         let reads = self.spans.iter().map(|(span, frames)| async move {
             let bytes = match span.read(repository).await {
                 Err(error) if error.kind() == Kind::Damaged && !error.is_retryable() => Err(Arc::new(error)),
@@ -144,7 +152,7 @@ impl Patches {
         while let Some(frames) = reads.try_next().await? {
             fetched.extend(frames);
         }
-        Ok(fetched)
+        Ok((fetched, room))
     }
 }
 
@@ -169,7 +177,7 @@ mod tests {
             frame(1, 60, SPAN_MAX as u32 - 10),
             frame(1, 50 + SPAN_MAX, 1),
         ];
-        let patches = Patches::of(&packs, frames, None);
+        let patches = Patches::of(&packs, frames, (None, Arc::new(Semaphore::new(1))));
         let of = |(span, frames): &(Span, Vec<FrameRef>)| (span.number, span.start, span.end, frames.len());
         let spans: Vec<_> = patches.spans.iter().map(of).collect();
         let one = far + 11 + SKIP_MAX;

@@ -199,18 +199,20 @@ async fn look_at_contents(
         }),
     };
     let checks = wanted.into_iter().map(|range| async move {
-        let parts: Vec<(FrameRef, u32)> = range.parts().collect();
-        (parts, check_range(repository, range).await)
+        let frames: Vec<FrameRef> = range.frames().collect();
+        // A sample puts no region with patches together.
+        let regions: Vec<Region> = range.regions().filter(|_| depth == Depth::Full).collect();
+        ((frames, regions), check_range(repository, range).await)
     });
     let checks: Vec<_> = checks.collect();
     let mut checks = futures::stream::iter(checks).buffer_unordered(REQUESTS);
-    let (mut all_sound, mut frames, mut parts) = (true, HashSet::new(), Vec::new());
-    while let Some((read, checked)) = checks.next().await {
-        for (frame, at) in read {
-            let pack = contents.packs[frame.pack as usize];
-            report.bytes += if frames.insert((pack, frame.offset)) { u64::from(frame.stored) } else { 0 };
-            parts.push((pack, frame.offset, at));
+    let (mut all_sound, mut frames, mut regions) = (true, HashSet::new(), Vec::new());
+    while let Some(((read, together), checked)) = checks.next().await {
+        for frame in read {
+            let place = (contents.packs[frame.pack as usize], frame.offset);
+            report.bytes += if frames.insert(place) { u64::from(frame.stored) } else { 0 };
         }
+        regions.extend(together.iter().map(|region| key_of(contents, region)));
         if let Err(error) = checked {
             all_sound = false;
             report.find_or(error, consequence())?;
@@ -219,7 +221,7 @@ async fn look_at_contents(
     // Each backup that needs something damaged says so: it is read again for the next.
     if all_sound {
         packs.frames.extend(frames);
-        packs.parts.extend(parts);
+        packs.regions.extend(regions);
     }
     Ok(())
 }
@@ -256,19 +258,23 @@ fn look_at_sizes(
 struct Packs {
     sizes: BTreeMap<String, u64>,
     frames: HashSet<(PackId, u64)>,
-    /// Of frames that have patches of several regions each part, by where it begins.
-    parts: HashSet<(PackId, u64, u32)>,
+    /// Regions that were put together.
+    regions: HashSet<RegionKey>,
+}
+
+/// The pack and offset of a region's frame, those of its last patch and where in that frame it begins, and its CRC.
+type RegionKey = (PackId, u64, Option<(PackId, u64, u32)>, u32);
+
+fn key_of(contents: &Contents, region: &Region) -> RegionKey {
+    let pack = |frame: FrameRef| contents.packs[frame.pack as usize];
+    let last = region.patches.last().map(|patch| (pack(patch.frame), patch.frame.offset, patch.at));
+    (pack(region.frame), region.frame.offset, last, region.crc)
 }
 
 impl Packs {
     /// The regions that need not be read, or cannot be.
     fn known(&self, contents: &Contents, is_broken: impl Fn(&Region) -> bool) -> Have {
-        // The last of several parts was made for just these.
-        let is_sound = |region: &Region| {
-            let (last, at) = region.patches.last().map_or((region.frame, 0), |patch| (patch.frame, patch.at));
-            self.parts.contains(&(contents.packs[last.pack as usize], last.offset, at))
-        };
-        let is_known = |region: &Region| is_sound(region) || is_broken(region);
+        let is_known = |region: &Region| self.regions.contains(&key_of(contents, region)) || is_broken(region);
         Have::of(contents.files.iter().map(|file| file.regions.iter().map(is_known).collect()).collect())
     }
 }

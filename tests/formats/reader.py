@@ -393,12 +393,13 @@ class Repository:
             where = f"{packs[number]} at {offset} ({file['path']})"
             for patch_number, patch_offset, stored, all_patches, digest, begin, length in patches[0] if patches else []:
                 patch = frame(patch_number, patch_offset, stored, digest, all_patches)[begin:begin + length]
+                demand(len(patch) == length > PAGES, where, "a patch is longer than its frame")
                 at = PAGES
                 for piece in range(PAGES * 8):
                     if patch[piece // 8] >> piece % 8 & 1:
                         content[piece * PIECE:(piece + 1) * PIECE] = patch[at:at + PIECE]
                         at += PIECE
-                demand(at == len(patch) == length, where, "a patch has another length than its masks say")
+                demand(at == length, where, "a patch has another length than its masks say")
             demand(len(content) == plain, where, "a patch replaces what is not there")
             demand(not (with_crc or patches) or crc32c(content) == crc, where, "the content's CRC-32C does not hold")
             yield content
