@@ -13,7 +13,7 @@ const REGIONS: usize = 16;
 const ENOUGH: usize = 64 << 10;
 
 /// A patch of so many bytes has a frame of its own: once its region is stored anew nobody has to read it for its neighbours'.
-const ALONE: usize = 16 << 10;
+const ALONE: usize = 32 << 10;
 
 /// Patches that wait for others.
 #[derive(Debug, Default)]

@@ -267,7 +267,7 @@ struct Opened {
 }
 
 impl Opened {
-    /// Bytes that stay: of each of a region's patches a frame, of 80 kB at most.
+    /// Bytes that stay: of each of a region's patches a frame, of 96 kB at most.
     const MAX: usize = 3 << 20;
 
     /// A patch, of the frame as it is stored.
