@@ -1,5 +1,5 @@
-//! A hash of every kilobyte of tables and indexes that the last backup has, and each page's CRC, in a file beside the data on the same disk: eight
-//! gigabytes for a terabyte, and while a backup runs as much again.
+//! A hash of every kilobyte of tables and indexes that the last backup has, and each page's CRC, in a file beside the data on
+//! the same disk: eight gigabytes for a terabyte, and while a backup runs as much again.
 //!
 //! With it a backup knows which pieces of a region are others than in the last one, whatever the pages say of themselves, so
 //! that a patch over what is stored is what was read, to the byte. Whoever has no such file, or one of another backup, stores
