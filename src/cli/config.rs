@@ -67,6 +67,9 @@ pub struct S3 {
     pub virtual_hosted_style: Option<bool>,
     /// Of what we write.
     pub storage_class: Option<String>,
+    /// How long the store is to keep it, and whether somebody may delete it all the same.
+    pub lock: Option<String>,
+    pub lock_mode: Option<String>,
     pub kms_key_id: Option<String>,
 }
 

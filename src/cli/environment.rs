@@ -47,6 +47,11 @@ pub fn storage_class() -> Option<String> {
     variable("PERENNIAL_S3_STORAGE_CLASS")
 }
 
+/// The mode of the lock on what is written.
+pub fn lock_mode() -> Option<String> {
+    variable("PERENNIAL_S3_LOCK_MODE")
+}
+
 pub fn patience() -> Option<String> {
     variable("PERENNIAL_PATIENCE")
 }

@@ -8,8 +8,8 @@ use crate::error::{Error, IoContext, Result};
 use crate::events::Events;
 use crate::model::{Beside, ByteSize};
 use crate::repository::vault::{Identities, Vault, no_identity, recipients_of};
-use crate::repository::{Codec, Recipient, Repository};
-use crate::storage::{self, Location, Policy, S3Settings, Scheme, Store, StoreSettings};
+use crate::repository::{Codec, Recipient, Repository, layout};
+use crate::storage::{self, Location, Lock, LockMode, Policy, S3Settings, Scheme, Store, StoreSettings};
 
 use super::args::{CodecArgs, Global};
 use super::config::Config;
@@ -123,12 +123,21 @@ impl Setup {
                 variables,
                 home: environment::home(),
                 storage_class: environment::storage_class().or_else(|| self.config.s3.storage_class.clone()),
+                lock: self.lock()?,
             },
             google: with_prefix("GOOGLE_").into_iter().collect(),
             azure: with_prefix("AZURE_").into_iter().collect(),
             retry: self.policy(retry)?,
         };
         storage::open(location, &settings, &self.clock, &self.events)
+    }
+
+    fn lock(&self) -> Result<Option<Lock>> {
+        let configured = self.configured(self.config.s3.lock.as_ref())?;
+        let Some(keep) = self.global.lock.or(configured).filter(|keep| !keep.is_zero()) else { return Ok(None) };
+        let mode = environment::lock_mode().or_else(|| self.config.s3.lock_mode.clone());
+        let mode = mode.map_or_else(|| Ok(LockMode::default()), |mode| mode.parse())?;
+        Ok(Some(Lock { keep, mode, is_passing: layout::is_passing }))
     }
 
     /// The repository that a command reads from or writes to.

@@ -43,6 +43,10 @@ impl Timestamp {
         Timestamp(self.0.saturating_sub(i64::try_from(duration.as_micros()).unwrap_or(i64::MAX)))
     }
 
+    pub fn later_by(self, duration: std::time::Duration) -> Timestamp {
+        Timestamp(self.0.saturating_add(i64::try_from(duration.as_micros()).unwrap_or(i64::MAX)))
+    }
+
     /// The day, ISO week, month or year it lies in (UTC), as people write them; they sort by time.
     pub fn period(self, period: Period) -> String {
         let form = match period {

@@ -45,6 +45,15 @@ pub fn is_in_the_clear(key: &str) -> bool {
     key == DESCRIPTOR || below(KEYS) || below(PROBES)
 }
 
+/// What is of use for a short time only: entries of a log, which segments take the place of; marks and records. All else is what
+/// a restore needs.
+pub fn is_passing(key: &str) -> bool {
+    let below = |directory: &str| key.strip_prefix(directory).is_some_and(|rest| rest.starts_with('/'));
+    let of_backup = parse_backup(key).is_some_and(|(_, what)| !matches!(what, OfBackup::Manifest | OfBackup::Beside));
+    let of_log = parse_log_entry(key).is_some() || parse_collected(key).is_some();
+    of_log || of_backup || [PROBES, PRUNES, DRILLS, VERIFICATIONS].into_iter().any(below)
+}
+
 /// All WAL of a generation is under this.
 pub fn wal_dir(generation: Generation) -> String {
     format!("{}/wal", generation_dir(generation))

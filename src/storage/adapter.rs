@@ -14,7 +14,9 @@ use object_store::{
 };
 
 use super::failure::{Meaning, meaning};
+use super::lock::Lock;
 use super::{Body, Chunk, Created, Entry, Level, Location, Store};
+use crate::clock::Clock;
 use crate::error::{Error, IoContext, Kind, Result};
 use crate::model::Timestamp;
 
@@ -26,18 +28,38 @@ pub struct Adapter {
     base: String,
     prefix: String,
     storage_class: Option<String>,
+    lock: Option<(Lock, Clock)>,
     /// Files and memory: errors are said by type, and listings come in no order.
     local: bool,
 }
 
 impl Adapter {
     pub(super) fn remote(inner: Arc<dyn ObjectStore>, location: &Location, storage_class: Option<String>) -> Adapter {
-        Adapter { inner, base: location.to_string(), prefix: location.prefix.clone(), storage_class, local: false }
+        Adapter {
+            inner,
+            base: location.to_string(),
+            prefix: location.prefix.clone(),
+            storage_class,
+            lock: None,
+            local: false,
+        }
+    }
+
+    /// The same, with what is written locked.
+    pub(super) fn locking(self, lock: Lock, clock: &Clock) -> Adapter {
+        Adapter { lock: Some((lock, clock.clone())), ..self }
     }
 
     pub fn memory() -> Adapter {
         let inner = Arc::new(object_store::memory::InMemory::new());
-        Adapter { inner, base: "memory://".to_owned(), prefix: String::new(), storage_class: None, local: true }
+        Adapter {
+            inner,
+            base: "memory://".to_owned(),
+            prefix: String::new(),
+            storage_class: None,
+            lock: None,
+            local: true,
+        }
     }
 
     fn path(&self, key: &str) -> Path {
@@ -79,11 +101,19 @@ impl Store for Adapter {
         if let Some(class) = &self.storage_class {
             options.attributes = Attributes::from_iter([(Attribute::StorageClass, class.clone())]);
         }
+        let hold = self.lock.as_ref().and_then(|(lock, clock)| lock.hold(key, clock));
+        let holds = hold.is_some();
+        if let Some(hold) = hold {
+            options.extensions.insert(hold);
+        }
         let payload: PutPayload = body.pieces().iter().cloned().collect();
         match self.inner.put_opts(&self.path(key), payload, options).await {
             Ok(_) => Ok(Created::Now),
             Err(raw) => match meaning(raw, &self.url(key), self.local) {
                 Meaning::Taken => Ok(Created::AlreadyThere),
+                Meaning::Failed(error) if holds && error.kind() == Kind::Refused => {
+                    Err(error.hint("a lock was asked for (--lock): the bucket must have been made with Object Lock"))
+                }
                 Meaning::Failed(error) => Err(error),
                 Meaning::Absent => Err(Error::not_found(format!("{}: the place to write to is gone", self.url(key)))),
             },
@@ -179,6 +209,7 @@ pub(super) fn open_file(directory: &FilePath) -> Result<Adapter> {
         // An object that was reported written must be there after a power cut.
         .with_fsync(true);
     Ok(Adapter {
+        lock: None,
         inner: Arc::new(inner),
         base: format!("file://{}", directory.display()),
         prefix: String::new(),

@@ -161,7 +161,7 @@ mod tests {
         std::fs::create_dir(home.path().join(".aws")).expect("made");
         std::fs::write(home.path().join(".aws/config"), config).expect("written");
         let variables = BTreeMap::from([("AWS_PROFILE".to_owned(), "work".to_owned())]);
-        let settings = S3Settings { variables, home: Some(home.path().to_owned()), storage_class: None };
+        let settings = S3Settings { variables, home: Some(home.path().to_owned()), storage_class: None, lock: None };
         (home, settings)
     }
 

@@ -12,6 +12,7 @@ mod failure;
 #[cfg(any(test, feature = "testing"))]
 pub mod faulty;
 mod location;
+mod lock;
 mod probe;
 mod read_only;
 mod retry;
@@ -31,6 +32,7 @@ use crate::model::Timestamp;
 pub use adapter::Adapter;
 pub use delete::{Deleted, Refused, delete_if_allowed};
 pub use location::{Location, Scheme};
+pub use lock::{Lock, LockMode};
 pub use probe::probe;
 pub use read_only::ReadOnly;
 pub use retry::{Policy, Retrying};
@@ -156,8 +158,13 @@ pub struct StoreSettings {
 
 /// Opens the store of a URL; nothing is requested yet.
 pub fn open(location: &Location, settings: &StoreSettings, clock: &Clock, events: &Events) -> Result<Arc<dyn Store>> {
+    if settings.s3.lock.is_some() && !matches!(location.scheme, Scheme::S3 { .. }) {
+        events.warning(format!(
+            "nothing is locked in {location}: --lock is for S3, other stores have policies of their own"
+        ));
+    }
     let adapter = match &location.scheme {
-        Scheme::S3 { bucket } => s3::open(location, bucket, &settings.s3)?,
+        Scheme::S3 { bucket } => s3::open(location, bucket, &settings.s3, clock)?,
         Scheme::Google { bucket } => adapter::open_google(location, bucket, &settings.google)?,
         Scheme::Azure { container } => adapter::open_azure(location, container, &settings.azure)?,
         Scheme::File { directory } => adapter::open_file(directory)?,

@@ -10,6 +10,8 @@ use object_store::{Certificate, ClientOptions};
 use super::adapter::{Adapter, no_retries, unusable};
 use super::credentials::{ProfileCredentials, profile_setting};
 use super::location::Location;
+use super::lock::{Connector, Lock};
+use crate::clock::Clock;
 use crate::error::{Error, IoContext, Result};
 
 /// What the environment says of S3, handed in by `cli`.
@@ -20,6 +22,8 @@ pub struct S3Settings {
     pub home: Option<PathBuf>,
     /// The storage class of what we write; the bucket's default when `None`.
     pub storage_class: Option<String>,
+    /// Whether, and for how long, the store is to keep what we write.
+    pub lock: Option<Lock>,
 }
 
 /// Classes from which an object can be read at once; the others would make a restore wait for hours.
@@ -65,7 +69,7 @@ impl S3Settings {
     }
 }
 
-pub(super) fn open(location: &Location, bucket: &str, settings: &S3Settings) -> Result<Adapter> {
+pub(super) fn open(location: &Location, bucket: &str, settings: &S3Settings, clock: &Clock) -> Result<Adapter> {
     if let Some(class) = settings.storage_class.as_deref().filter(|class| !READABLE_CLASSES.contains(class)) {
         return Err(Error::usage(format!(
             "storage class {class} cannot be read at once, so nothing could be restored from it"
@@ -100,18 +104,30 @@ pub(super) fn open(location: &Location, bucket: &str, settings: &S3Settings) -> 
         // TLS already protects the payload on its way; a checksum that the server verifies protects it to the disk,
         // at a twentieth of the cost of signing it.
         builder = builder.with_unsigned_payload(true);
-        if settings.get("AWS_REQUEST_CHECKSUM_CALCULATION") != Some("when_required") {
-            builder = builder.with_checksum_algorithm(Checksum::CRC64NVME);
-        }
+    }
+    // What is to be locked must have one.
+    let is_required = settings.get("AWS_REQUEST_CHECKSUM_CALCULATION") == Some("when_required");
+    if settings.lock.is_some() || !plain_http && !is_required {
+        builder = builder.with_checksum_algorithm(Checksum::CRC64NVME);
     }
     if profile {
         builder = builder.with_credentials(Arc::new(ProfileCredentials::new(settings)?));
+    }
+    let connector = Connector::default();
+    let credentials = Arc::clone(&connector.credentials);
+    if settings.lock.is_some() {
+        builder = builder.with_http_connector(connector);
     }
     let inner = builder
         .with_client_options(client_options(settings, plain_http)?)
         .build()
         .map_err(|e| unusable(location, &e))?;
-    Ok(Adapter::remote(Arc::new(inner), location, settings.storage_class.clone()))
+    credentials.get_or_init(|| Arc::clone(inner.credentials()));
+    let adapter = Adapter::remote(Arc::new(inner), location, settings.storage_class.clone());
+    Ok(match settings.lock {
+        Some(lock) => adapter.locking(lock, clock),
+        None => adapter,
+    })
 }
 
 fn client_options(settings: &S3Settings, plain_http: bool) -> Result<ClientOptions> {

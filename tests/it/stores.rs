@@ -1,26 +1,39 @@
 //! One suite of rules for every store, and what `init` makes of stores that break them.
 
+use std::process::Command;
 use std::sync::Arc;
+use std::time::Duration;
 
 use perennial::clock::Clock;
 use perennial::error::Kind;
 use perennial::events::Events;
 use perennial::repository::vault::Vault;
-use perennial::repository::{Codec, Repository};
+use perennial::repository::{Codec, Repository, layout};
 use perennial::storage::faulty::{Fault, Faulty};
 use perennial::storage::{
-    self, Adapter, Body, Created, Location, Policy, Retrying, S3Settings, Store, StoreSettings, conformance,
+    self, Adapter, Body, Created, Location, Lock, LockMode, Policy, Retrying, S3Settings, Store, StoreSettings,
+    conformance,
 };
 
 use crate::support::*;
+
+fn lock_of(days: u64) -> Lock {
+    let keep = Duration::from_secs(days * 86_400);
+    Lock { keep, mode: LockMode::Compliance, is_passing: layout::is_passing }
+}
 
 fn store(url: &str, env: &[(String, String)]) -> Arc<dyn Store> {
     store_with_home(url, env, None)
 }
 
 pub fn store_with_home(url: &str, env: &[(String, String)], home: Option<&std::path::Path>) -> Arc<dyn Store> {
+    opened(url, env, home, None)
+}
+
+fn opened(url: &str, env: &[(String, String)], home: Option<&std::path::Path>, lock: Option<Lock>) -> Arc<dyn Store> {
     let location: Location = url.parse().expect("an address");
-    let s3 = S3Settings { variables: env.iter().cloned().collect(), home: home.map(Into::into), storage_class: None };
+    let variables = env.iter().cloned().collect();
+    let s3 = S3Settings { variables, home: home.map(Into::into), storage_class: None, lock };
     let settings = StoreSettings { s3, azure: env.to_vec(), ..StoreSettings::default() };
     storage::open(&location, &settings, &Clock::system(), &Events::silent()).expect("opened")
 }
@@ -57,6 +70,53 @@ async fn files_keep_the_rules() {
 async fn a_real_s3_server_keeps_the_rules() {
     let bucket = Bucket::s3();
     conformance::run(&*store(&bucket.url, &bucket.env), "c").await.expect("conforms");
+}
+
+/// What `curl` says to a request that it signs; a status and headers.
+fn signed(method: &str, url: &str) -> String {
+    let of =
+        ["-s", "-i", "--max-time", "30", "--user", "perennial:perennial-secret", "--aws-sigv4", "aws:amz:us-east-1:s3"];
+    let mut curl = Command::new("curl");
+    curl.args(of).args(if method == "HEAD" { vec!["-I"] } else { vec!["-X", method] });
+    let said = curl.arg(url).output().expect("curl");
+    String::from_utf8_lossy(&said.stdout).to_lowercase()
+}
+
+#[tokio::test]
+async fn what_is_locked_cannot_be_deleted_by_whoever_got_hold_of_the_keys() {
+    let bucket = Bucket::lockable();
+    let store = opened(&bucket.url, &bucket.env, None, Some(lock_of(30)));
+    conformance::run(&*store, "c").await.expect("conforms");
+    let endpoint = from_run("PERENNIAL_TEST_S3");
+    let at = |key: &str| format!("{endpoint}/{}/{key}", bucket.url.strip_prefix("s3://").expect("S3"));
+    let passing = layout::log_entry(perennial::model::Generation(1), 1);
+    for key in [layout::DESCRIPTOR, &passing] {
+        assert_eq!(store.create(key, &body("precious")).await.expect("stored"), Created::Now);
+    }
+    let said = signed("HEAD", &at(layout::DESCRIPTOR));
+    let header = |name: &str| said.lines().find_map(|line| line.strip_prefix(&format!("{name}: ")).map(str::trim));
+    assert_eq!(header("x-amz-object-lock-mode"), Some("compliance"), "{said}");
+    assert!(header("x-amz-object-lock-retain-until-date").is_some(), "{said}");
+    assert!(
+        !signed("HEAD", &at(&passing)).contains("x-amz-object-lock-mode"),
+        "an entry of a log is of use for seconds"
+    );
+    // A delete hides it, and its version stays.
+    let version = header("x-amz-version-id").expect("a version").to_owned();
+    store.delete(layout::DESCRIPTOR).await.expect("hidden");
+    assert!(store.read(layout::DESCRIPTOR, 0..10).await.expect("read").is_none());
+    let versioned = format!("{}?versionId={version}", at(layout::DESCRIPTOR));
+    let refused = signed("DELETE", &versioned);
+    assert!(refused.starts_with("http/1.1 403"), "{refused}");
+    assert!(signed("GET", &versioned).ends_with("precious"));
+}
+
+#[tokio::test]
+async fn a_bucket_that_locks_nothing_says_so() {
+    let bucket = Bucket::s3();
+    let store = opened(&bucket.url, &bucket.env, None, Some(lock_of(1)));
+    let error = store.create("packs/1", &body("x")).await.expect_err("it cannot");
+    assert!(error.hint_text().into_iter().any(|hint| hint.contains("Object Lock")), "{error}");
 }
 
 #[tokio::test]

@@ -132,6 +132,22 @@ fn a_scheduled_prune_follows_the_machines_and_the_next_one_boots() {
 }
 
 #[test]
+fn what_is_locked_is_kept_pruned_and_restored_like_anything_else() {
+    let scratch = Scratch::new();
+    let bucket = Bucket::lockable().with_env("PERENNIAL_S3_LOCK", "1d");
+    let mut machine = Machine::new(&scratch, "a", &bucket);
+    machine.start(&["--init", "--rpo=20ms"]).ready().with_backup();
+    point(&machine, 1);
+    let newest = backup(&machine);
+    point(&machine, 2);
+    bucket.must(&["prune", "--keep-last=1", "--prune-grace=0"]);
+    assert_eq!(backups(&bucket), [newest]);
+    machine.archived();
+    bucket.must(&["verify", "--full"]);
+    assert_eq!(restored(&scratch, "b", &bucket, &[]), "1,2");
+}
+
+#[test]
 fn what_the_store_does_not_let_go_is_told_and_goes_with_a_later_prune() {
     use std::os::unix::fs::PermissionsExt;
     let scratch = Scratch::new();

@@ -101,6 +101,11 @@ impl Bucket {
         Bucket::at_endpoint(&from_run("PERENNIAL_TEST_S3"), &format!("s3://perennial-test/{}", unique()))
     }
 
+    /// A prefix of a bucket whose objects can be locked.
+    pub fn lockable() -> Bucket {
+        Bucket::at_endpoint(&from_run("PERENNIAL_TEST_S3"), &format!("s3://perennial-locked/{}", unique()))
+    }
+
     /// The same over TLS, with the run's own certificate authority.
     pub fn s3_tls() -> Bucket {
         let mut bucket =
