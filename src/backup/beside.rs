@@ -41,6 +41,8 @@ pub struct Means<'a> {
     pub max_rate: Option<ByteSize>,
     /// Whether packs of which little is used are left behind: it takes time, which a stop does not have.
     pub leaves_sparse_packs: bool,
+    /// Nothing that was stored before is built on.
+    pub full: bool,
 }
 
 /// Takes a snapshot. `position` tells, once the directory has been read, where WAL is and what time. `None` when there is
@@ -57,7 +59,8 @@ pub async fn take(
         events.warning(format!("{path} has nothing in it: no snapshot is taken of '{}'", beside.name));
         return Ok(None);
     }
-    let mut parent = match newest(repository, beside).await {
+    let before = if means.full { Ok(None) } else { newest(repository, beside).await };
+    let mut parent = match before {
         Err(error) if error.kind() == Kind::Damaged => {
             events.warning(format!("the last snapshot cannot be built on, everything is stored anew: {error}"));
             None
