@@ -31,7 +31,7 @@ pub struct Global {
     /// PERENNIAL_IDENTITY_COMMAND a command for /bin/sh that prints it
     #[arg(long, global = true, value_name = "FILE", env = "PERENNIAL_IDENTITY_FILE", hide_env_values = true)]
     pub identity: Option<PathBuf>,
-    /// Have the store keep what is written for so long, whoever wants to delete it (S3 Object Lock; the bucket must allow it)
+    /// Have the store keep what is written for so long (S3 Object Lock, which the bucket must have)
     #[arg(long, global = true, value_name = "DURATION", value_parser = parse_duration, env = "PERENNIAL_S3_LOCK", hide_env_values = true)]
     pub lock: Option<std::time::Duration>,
     /// Print results as JSON (docs/reference/json.md)

@@ -123,7 +123,7 @@ impl Setup {
                 variables,
                 home: environment::home(),
                 storage_class: environment::storage_class().or_else(|| self.config.s3.storage_class.clone()),
-                lock: self.lock()?,
+                lock: self.lock(own)?,
             },
             google: with_prefix("GOOGLE_").into_iter().collect(),
             azure: with_prefix("AZURE_").into_iter().collect(),
@@ -132,10 +132,17 @@ impl Setup {
         storage::open(location, &settings, &self.clock, &self.events)
     }
 
-    fn lock(&self) -> Result<Option<Lock>> {
-        let configured = self.configured(self.config.s3.lock.as_ref())?;
-        let Some(keep) = self.global.lock.or(configured).filter(|keep| !keep.is_zero()) else { return Ok(None) };
-        let mode = environment::lock_mode().or_else(|| self.config.s3.lock_mode.clone());
+    /// How what is written is locked; a second place may have a lock of its own.
+    fn lock(&self, own: &str) -> Result<Option<Lock>> {
+        let owned = |name: &str| {
+            if own.is_empty() { None } else { environment::with_prefix(own).remove(&format!("{own}{name}")) }
+        };
+        let of_its_own = self.configured(owned("S3_LOCK").as_ref())?;
+        let configured = || self.configured(self.config.s3.lock.as_ref());
+        let given = of_its_own.or(self.global.lock);
+        let keep = given.map_or_else(configured, |given| Ok(Some(given)))?;
+        let Some(keep) = keep.filter(|keep| !keep.is_zero()) else { return Ok(None) };
+        let mode = owned("S3_LOCK_MODE").or_else(environment::lock_mode).or_else(|| self.config.s3.lock_mode.clone());
         let mode = mode.map_or_else(|| Ok(LockMode::default()), |mode| mode.parse())?;
         Ok(Some(Lock { keep, mode, is_passing: layout::is_passing }))
     }

@@ -45,13 +45,12 @@ pub fn is_in_the_clear(key: &str) -> bool {
     key == DESCRIPTOR || below(KEYS) || below(PROBES)
 }
 
-/// What is of use for a short time only: entries of a log, which segments take the place of; marks and records. All else is what
-/// a restore needs.
+/// What is of use for a short time only: entries of a log, once segments have taken their place; marks and records. A log's seal
+/// is one of its entries, by its key.
 pub fn is_passing(key: &str) -> bool {
     let below = |directory: &str| key.strip_prefix(directory).is_some_and(|rest| rest.starts_with('/'));
     let of_backup = parse_backup(key).is_some_and(|(_, what)| !matches!(what, OfBackup::Manifest | OfBackup::Beside));
-    let of_log = parse_log_entry(key).is_some() || parse_collected(key).is_some();
-    of_log || of_backup || [PROBES, PRUNES, DRILLS, VERIFICATIONS].into_iter().any(below)
+    parse_log_entry(key).is_some() || of_backup || [PROBES, PRUNES, DRILLS, VERIFICATIONS].into_iter().any(below)
 }
 
 /// All WAL of a generation is under this.

@@ -111,8 +111,8 @@ impl Store for Adapter {
             Ok(_) => Ok(Created::Now),
             Err(raw) => match meaning(raw, &self.url(key), self.local) {
                 Meaning::Taken => Ok(Created::AlreadyThere),
-                Meaning::Failed(error) if holds && error.kind() == Kind::Refused => {
-                    Err(error.hint("a lock was asked for (--lock): the bucket must have been made with Object Lock"))
+                Meaning::Failed(error) if holds && matches!(error.kind(), Kind::Refused | Kind::Denied) => {
+                    Err(error.hint("a lock was asked for (--lock): the bucket must have Object Lock, and you s3:PutObjectRetention"))
                 }
                 Meaning::Failed(error) => Err(error),
                 Meaning::Absent => Err(Error::not_found(format!("{}: the place to write to is gone", self.url(key)))),

@@ -107,7 +107,8 @@ pub(super) fn open(location: &Location, bucket: &str, settings: &S3Settings, clo
     }
     // What is to be locked must have one.
     let is_required = settings.get("AWS_REQUEST_CHECKSUM_CALCULATION") == Some("when_required");
-    if settings.lock.is_some() || !plain_http && !is_required {
+    let is_chosen = settings.get("AWS_CHECKSUM_ALGORITHM").is_some();
+    if !is_chosen && (settings.lock.is_some() || !plain_http && !is_required) {
         builder = builder.with_checksum_algorithm(Checksum::CRC64NVME);
     }
     if profile {
