@@ -59,8 +59,6 @@ pub struct Options {
     pub generation: Generation,
     /// Checkpoint at once instead of spreading it (`fast` of `pg_backup_start`).
     pub fast: bool,
-    /// The server is a standby of the one that archives: it sends no WAL, and its backup waits for that of the primary.
-    pub of_standby: bool,
     /// Fail on a page whose checksum does not hold, instead of reporting it.
     pub fail_on_damage: bool,
     /// Store everything anew instead of building on the last backup.
@@ -164,10 +162,6 @@ pub async fn run(repository: &Repository, options: &Options, events: &Events) ->
         size: control.segment_size,
         system_id: server.system_id,
     };
-    if options.of_standby {
-        let stop = stopped.lsn;
-        events.info(format!("waiting for the primary's WAL up to {stop}; one that has nothing to do sends it after SELECT pg_switch_wal() there"));
-    }
     wait::for_wal(repository, &needed, options.wal_timeout, events).await?;
     let head = commit(
         repository,
@@ -275,13 +269,10 @@ fn check(server: &Server, options: &Options) -> Result<()> {
         ))
         .hint("name the right directory with -D, or the right server with PGHOST and PGPORT"));
     }
-    if server.in_recovery != options.of_standby {
-        let (is, was) =
-            if server.in_recovery { ("in recovery", "a primary's") } else { ("no standby any more", "a standby's") };
-        return Err(Error::refused(format!("the server is {is}, and its directory was {was}"))
-            .hint("run it again once that has settled"));
+    if server.in_recovery {
+        return Err(Error::refused("the server is in recovery: base backups are taken from the primary"));
     }
-    if !server.archiving && !options.of_standby {
+    if !server.archiving {
         return Err(Error::refused("nothing brings this server's WAL to the repository, and without it a backup cannot be restored")
             .hint("start the server with `perennial run`, or set archive_mode = on and archive_command = 'perennial wal push \"%p\"'"));
     }

@@ -197,12 +197,9 @@ impl Client {
         Ok(self.text("pg_current_wal_flush_lsn()").await?.parse()?)
     }
 
-    /// The end of what has been written of WAL, flushed or not; of a standby, of what it has replayed.
+    /// The end of what has been written of WAL, flushed or not.
     pub async fn inserted(&self) -> Result<Lsn> {
-        Ok(self
-            .text("CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn() ELSE pg_current_wal_insert_lsn() END")
-            .await?
-            .parse()?)
+        Ok(self.text("pg_current_wal_insert_lsn()").await?.parse()?)
     }
 
     /// When the server was started, by its own clock.

@@ -44,8 +44,11 @@ pub fn settings(choice: &Choice, options: &Options) -> RecoverySettings {
         ("recovery_target_inclusive", inclusive.then(|| choice.located.inclusive.to_string())),
         ("recovery_target_timeline", Some(if follows { "latest".to_owned() } else { choice.timeline.to_string() })),
         ("recovery_target_action", options.action.setting().map(str::to_owned)),
-        ("recovery_end_command", None),
-        ("archive_cleanup_command", None),
+        // What postgresql.conf has of a life as a standby: a copy must not clean an archive, tell a load balancer that it is the
+        // database, or wait with each commit.
+        ("recovery_end_command", Some(String::new())),
+        ("archive_cleanup_command", Some(String::new())),
+        ("recovery_min_apply_delay", (!follows).then(|| "0".to_owned())),
         // A standby must not stream from where the cluster of the backup did.
         ("primary_conninfo", follows.then(String::new)),
         ("primary_slot_name", follows.then(String::new)),
@@ -74,6 +77,7 @@ pub fn promotion(words: &[String], generation: Generation, oldest: Generation, t
         ("recovery_target_action", Action::Promote.setting().map(str::to_owned)),
         ("recovery_target_inclusive", None),
         ("recovery_end_command", None),
+        ("recovery_min_apply_delay", Some("0".to_owned())),
         ("primary_conninfo", None),
         ("primary_slot_name", None),
         ("wal_retrieve_retry_interval", None),

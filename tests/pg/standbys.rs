@@ -81,55 +81,6 @@ fn a_standby_sees_a_row_within_moments_and_follows_every_machine_that_takes_over
 }
 
 #[test]
-fn a_backup_of_a_standby_spares_the_primary_and_is_as_good_as_its_own() {
-    let scratch = Scratch::new();
-    let bucket = Bucket::directory(&scratch);
-    let mut primary = Machine::new(&scratch, "a", &bucket);
-    primary.start(&["--init", "--rpo=20ms"]).ready().with_backup();
-    primary.sql("CREATE TABLE t AS SELECT n, repeat('x', 500) AS text FROM generate_series(1, 20000) n");
-    let mut standby = standby(&scratch, "s", &bucket);
-    let data_dir = standby.machine.data_dir();
-    let take = |standby: &Plain| {
-        let arguments = ["backup", "-D", data_dir.to_str().expect("text")];
-        let done = standby.machine.bucket.json(&arguments);
-        done["backup"].clone()
-    };
-    let mut taken = Vec::new();
-    for n in 1..=2 {
-        primary.sql(&format!("UPDATE t SET text = 'round {n}' WHERE n % 7 = {n}; CHECKPOINT"));
-        primary.segment_stored();
-        sees(&standby.machine, &format!("SELECT count(*) > 0 FROM t WHERE text = 'round {n}'"), "t");
-        // What it is in the middle of when its backup ends is sent once the primary begins another segment.
-        primary.sql("CREATE TABLE IF NOT EXISTS more (n int); INSERT INTO more VALUES (1)");
-        primary.segment_stored();
-        taken.push(take(&standby));
-    }
-    assert_eq!(taken[1]["parent"], taken[0]["id"], "{taken:?}");
-    assert_eq!(taken[1]["generation"], 1, "a standby claims nothing: {taken:?}");
-    bucket.must(&["verify", "--full"]);
-    let rows = primary.sql("SELECT md5(string_agg(text, ',' ORDER BY n)) FROM t");
-    primary.archived();
-    for (name, backup) in ["r1", "r2"].into_iter().zip(&taken) {
-        let mut restored = Machine::new(&scratch, name, &bucket);
-        let data = restored.data_dir();
-        let id = backup["id"].as_str().expect("an id");
-        bucket.must(&["restore", "--backup", id, "-D", data.to_str().expect("text")]);
-        restored.serve(&[]);
-        wait_until("it is up", || restored.try_sql("SELECT NOT pg_is_in_recovery()").is_ok_and(|said| said == "t"));
-        assert_eq!(restored.sql("SELECT md5(string_agg(text, ',' ORDER BY n)) FROM t"), rows);
-        restored.kill();
-    }
-    stop(&mut standby);
-    let refused = bucket.must_fail(&["backup", "-D", data_dir.to_str().expect("text")], 76);
-    assert!(!refused.is_empty());
-    // And the next machine boots from it.
-    primary.vanish();
-    let mut next = Machine::new(&scratch, "b", &bucket);
-    next.start(&["--rpo=20ms"]).ready();
-    assert_eq!(next.sql("SELECT md5(string_agg(text, ',' ORDER BY n)) FROM t"), rows);
-}
-
-#[test]
 fn a_standby_becomes_the_database_without_a_backup_and_has_every_acknowledged_row() {
     let scratch = Scratch::new();
     let bucket = Bucket::directory(&scratch);

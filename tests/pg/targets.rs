@@ -134,3 +134,29 @@ fn a_directory_with_something_in_it_is_not_overwritten_unless_forced() {
     past.bucket.must(&["restore", "--force", "-D", data.to_str().expect("text")]);
     assert!(!file.exists() && data.join("PG_VERSION").exists());
 }
+
+#[test]
+fn a_copy_does_not_do_what_its_server_was_told_as_a_standby() {
+    let scratch = Scratch::new();
+    let bucket = Bucket::directory(&scratch);
+    let mut machine = Machine::new(&scratch, "a", &bucket);
+    machine.start(&["--init", "--rpo=20ms"]).ready().with_backup();
+    let marks = scratch.dir("marks");
+    let of_a_standby = format!(
+        "\nrecovery_end_command = 'touch {0}/ended'\narchive_cleanup_command = 'touch {0}/cleaned'\nrecovery_min_apply_delay = '1d'\n",
+        marks.display()
+    );
+    let file = machine.data_dir().join("postgresql.conf");
+    let before = std::fs::read_to_string(&file).expect("read");
+    std::fs::write(&file, before + &of_a_standby).expect("written");
+    bucket.must(&["backup", "-D", machine.data_dir().to_str().expect("text")]);
+    machine.sql("CREATE TABLE t AS SELECT 1 AS n; CHECKPOINT");
+    machine.segment_stored();
+    machine.vanish();
+    let mut copy = Machine::new(&scratch, "b", &bucket);
+    bucket.must(&["restore", "-D", copy.data_dir().to_str().expect("text")]);
+    copy.serve(&[]);
+    wait_until("it is up", || copy.try_sql("SELECT NOT pg_is_in_recovery()").is_ok_and(|said| said == "t"));
+    assert_eq!(copy.sql("SELECT n FROM t"), "1");
+    assert_eq!(all_files(&marks), Vec::<std::path::PathBuf>::new());
+}
