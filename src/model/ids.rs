@@ -64,6 +64,20 @@ impl FromStr for Generation {
     }
 }
 
+/// Bytes that are written as so many hexadecimal digits, two for each, upper-case or lower-case.
+pub fn hex_bytes<const BYTES: usize>(text: &str) -> Option<[u8; BYTES]> {
+    let digit = |byte: u8| char::from(byte).to_digit(16).map(|digit| digit as u8);
+    let (pairs, rest) = text.as_bytes().as_chunks::<2>();
+    if pairs.len() != BYTES || !rest.is_empty() {
+        return None;
+    }
+    let mut bytes = [0; BYTES];
+    for (byte, [high, low]) in bytes.iter_mut().zip(pairs) {
+        *byte = digit(*high)? << 4 | digit(*low)?;
+    }
+    Some(bytes)
+}
+
 /// Random identifiers of a fixed number of bytes, written in lower-case hexadecimal.
 macro_rules! random_id {
     ($(#[$doc:meta])* $name:ident, $bytes:literal, $what:literal, $expected:literal) => {
@@ -81,21 +95,9 @@ macro_rules! random_id {
             type Err = Malformed;
 
             fn from_str(text: &str) -> Result<$name, Malformed> {
-                let malformed = || Malformed::new($what, text, $expected);
-                let digits = text.as_bytes();
-                if digits.len() != 2 * $bytes {
-                    return Err(malformed());
-                }
-                let mut id = [0; $bytes];
-                for (byte, pair) in id.iter_mut().zip(digits.chunks_exact(2)) {
-                    let nibble = |digit: u8| match digit {
-                        b'0'..=b'9' => Ok(digit - b'0'),
-                        b'a'..=b'f' => Ok(digit - b'a' + 10),
-                        _ => Err(malformed()),
-                    };
-                    *byte = nibble(pair[0])? << 4 | nibble(pair[1])?;
-                }
-                Ok($name(id))
+                let one_spelling = !text.bytes().any(|byte| byte.is_ascii_uppercase());
+                let id = hex_bytes(text).filter(|_| one_spelling);
+                id.map($name).ok_or_else(|| Malformed::new($what, text, $expected))
             }
         }
 
@@ -158,6 +160,15 @@ serde_as_text!(SystemId, BackupId);
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn hexadecimal_digits_are_bytes_in_either_case_and_nothing_else_is() {
+        assert_eq!(hex_bytes(&"0fA0".repeat(16)), <[u8; 32]>::try_from([0x0F, 0xA0].repeat(16)).ok());
+        for bad in ["UNSIGNED-PAYLOAD", "0f", "0fa", "0fa00", "0fg0", "+fa0", ""] {
+            assert_eq!(hex_bytes::<2>(bad), None, "{bad}");
+        }
+        assert!("AA".repeat(16).parse::<PackId>().is_err(), "identifiers have one spelling");
+    }
 
     #[test]
     fn backup_ids_sort_by_position_and_have_one_spelling() {

@@ -10,7 +10,7 @@ mod size;
 mod timestamp;
 
 pub use beside::{Beside, DirectoryName};
-pub use ids::{BackupId, Generation, PackId, RepositoryId, SystemId, WriteId};
+pub use ids::{BackupId, Generation, PackId, RepositoryId, SystemId, WriteId, hex_bytes};
 pub use lsn::{Lsn, Timeline};
 pub use size::{ByteSize, Share, human_bytes, parse_duration};
 pub use timestamp::{Period, Timestamp};

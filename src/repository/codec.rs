@@ -4,7 +4,7 @@ use std::cell::RefCell;
 use std::fmt;
 
 use crate::error::{Error, Result};
-use crate::model::{Malformed, serde_as_text};
+use crate::model::{Malformed, hex_bytes, serde_as_text};
 
 /// How new objects are compressed; readers need not know. Chosen by `init`, kept in the descriptor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -129,15 +129,8 @@ impl std::str::FromStr for Sha256 {
     type Err = Malformed;
 
     fn from_str(text: &str) -> Result<Sha256, Malformed> {
-        let malformed = || Malformed::new("SHA-256", text, "64 hexadecimal digits");
-        if text.len() != 64 || !text.bytes().all(|b| b.is_ascii_hexdigit()) {
-            return Err(malformed());
-        }
-        let mut hash = [0; 32];
-        for (index, byte) in hash.iter_mut().enumerate() {
-            *byte = u8::from_str_radix(&text[2 * index..2 * index + 2], 16).map_err(|_| malformed())?;
-        }
-        Ok(Sha256(hash))
+        let hash = hex_bytes(text).map(Sha256);
+        hash.ok_or_else(|| Malformed::new("SHA-256", text, "64 hexadecimal digits"))
     }
 }
 

@@ -41,16 +41,19 @@ pub fn parse_wrapped_key(key: &str) -> Option<u32> {
 
 /// What is never encrypted: it must be read to know how.
 pub fn is_in_the_clear(key: &str) -> bool {
-    let below = |directory: &str| key.strip_prefix(directory).is_some_and(|rest| rest.starts_with('/'));
-    key == DESCRIPTOR || below(KEYS) || below(PROBES)
+    key == DESCRIPTOR || is_below(key, KEYS) || is_below(key, PROBES)
+}
+
+fn is_below(key: &str, directory: &str) -> bool {
+    key.strip_prefix(directory).is_some_and(|rest| rest.starts_with('/'))
 }
 
 /// What is of use for a short time only: entries of a log, once segments have taken their place; marks and records. A log's seal
 /// is one of its entries, by its key.
 pub fn is_passing(key: &str) -> bool {
-    let below = |directory: &str| key.strip_prefix(directory).is_some_and(|rest| rest.starts_with('/'));
+    let is_record = [PROBES, PRUNES, DRILLS, VERIFICATIONS].into_iter().any(|directory| is_below(key, directory));
     let of_backup = parse_backup(key).is_some_and(|(_, what)| !matches!(what, OfBackup::Manifest | OfBackup::Beside));
-    parse_log_entry(key).is_some() || of_backup || [PROBES, PRUNES, DRILLS, VERIFICATIONS].into_iter().any(below)
+    parse_log_entry(key).is_some() || of_backup || is_record
 }
 
 /// All WAL of a generation is under this.

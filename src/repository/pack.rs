@@ -39,7 +39,7 @@ pub struct PackHead {
     pub backup_id: BackupId,
 }
 
-/// No frame has more bytes, as it is stored or as it was: a region, or patches, and what an encoder adds to what it cannot compress.
+/// No frame takes more bytes, whatever a manifest says: a region, or patches, and what an encoder adds to what it cannot compress.
 const FRAME_MAX: u32 = 4 << 20;
 
 /// Where a frame lies and what it must hash to.

@@ -43,8 +43,8 @@ fn length(pages: u32) -> u64 {
 }
 
 /// What is written of a region: a hash of its CRC and all that follows, then that.
-fn record(hash: &Hash, crc: u32, sums: &Sums) -> Vec<u8> {
-    let sums = sums.to_bytes();
+fn record(hash: &Hash, sums: &Sums) -> Vec<u8> {
+    let (crc, sums) = (sums.crc(), sums.to_bytes());
     [&proof(hash, crc, &sums)[..], &sums].concat()
 }
 
@@ -215,7 +215,7 @@ impl Filler {
         if self.failed.load(Ordering::Relaxed) {
             return;
         }
-        if self.file.write_all_at(&record(&self.hash, sums.crc(), sums), at).is_err() {
+        if self.file.write_all_at(&record(&self.hash, sums), at).is_err() {
             // On a full disk the room is given back at once.
             self.failed.store(true, Ordering::Relaxed);
             let _ = self.file.set_len(0);
@@ -266,7 +266,7 @@ impl Writer {
         let pages = pages.min(self.left);
         match sums.filter(|sums| sums.pages.len() == pages as usize) {
             Some(sums) => {
-                self.put(&record(&self.hash, sums.crc(), sums));
+                self.put(&record(&self.hash, sums));
                 self.left -= pages;
             }
             None => self.rest(pages),

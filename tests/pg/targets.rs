@@ -153,10 +153,9 @@ fn a_copy_does_not_do_what_its_server_was_told_as_a_standby() {
     machine.sql("CREATE TABLE t AS SELECT 1 AS n; CHECKPOINT");
     machine.segment_stored();
     machine.vanish();
-    let mut copy = Machine::new(&scratch, "b", &bucket);
-    bucket.must(&["restore", "-D", copy.data_dir().to_str().expect("text")]);
-    copy.serve(&[]);
-    wait_until("it is up", || copy.try_sql("SELECT NOT pg_is_in_recovery()").is_ok_and(|said| said == "t"));
-    assert_eq!(copy.sql("SELECT n FROM t"), "1");
+    let data = scratch.dir("b").join("data");
+    bucket.must(&["restore", "-D", data.to_str().expect("text")]);
+    let copy = Plain::start(&scratch, "b", &bucket, &Postgres::debian()).up(false);
+    assert_eq!(copy.machine.sql("SELECT n FROM t"), "1");
     assert_eq!(all_files(&marks), Vec::<std::path::PathBuf>::new());
 }

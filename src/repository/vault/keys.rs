@@ -10,7 +10,7 @@ use age::{Decryptor, Encryptor, IdentityFile, x25519};
 use aws_lc_rs::hkdf::{HKDF_SHA256, KeyType, Salt};
 
 use crate::error::{Error, Kind, Result};
-use crate::model::{Malformed, serde_as_text};
+use crate::model::{Malformed, hex_bytes, serde_as_text};
 
 const LENGTH: usize = 32;
 
@@ -59,15 +59,7 @@ impl Key {
 
     /// Reads what [`Key::to_text`] wrote.
     pub fn from_text(text: &str) -> Option<Key> {
-        let digits = text.trim();
-        if digits.len() != 2 * LENGTH || !digits.bytes().all(|byte| byte.is_ascii_hexdigit()) {
-            return None;
-        }
-        let mut bytes = [0; LENGTH];
-        for (index, byte) in bytes.iter_mut().enumerate() {
-            *byte = u8::from_str_radix(&digits[2 * index..2 * index + 2], 16).ok()?;
-        }
-        Some(Key(bytes))
+        hex_bytes(text.trim()).map(Key)
     }
 
     /// Encrypts the key for all of `recipients`.
