@@ -17,6 +17,7 @@ mod rate;
 mod region;
 pub mod remains;
 mod sparse;
+pub(crate) mod standby;
 mod summaries;
 mod wait;
 mod workers;
@@ -44,6 +45,7 @@ use copy::Copied;
 pub use copy::Stretch;
 use parent::{Descent, Parent};
 use remains::Remains;
+use standby::Standby;
 
 /// Packs on their way at once. Memory budget of a backup, under 128 MB: one pack being filled and these, 48 MB, and up
 /// to [`copy::IN_FLIGHT_MAX`] threads with 5 MB each; after one that was cut off also what that has left ([`remains`]), 36 MB at
@@ -59,6 +61,8 @@ pub struct Options {
     pub generation: Generation,
     /// Checkpoint at once instead of spreading it (`fast` of `pg_backup_start`).
     pub fast: bool,
+    /// The server is a standby of the one that archives.
+    pub of_standby: bool,
     /// Fail on a page whose checksum does not hold, instead of reporting it.
     pub fail_on_damage: bool,
     /// Store everything anew instead of building on the last backup.
@@ -88,6 +92,11 @@ pub struct Done {
 
 /// Takes a base backup of the running server.
 pub async fn run(repository: &Repository, options: &Options, events: &Events) -> Result<Done> {
+    let done = take(repository, options, events).await;
+    if options.of_standby { done.map_err(standby::superseded) } else { done }
+}
+
+async fn take(repository: &Repository, options: &Options, events: &Events) -> Result<Done> {
     let began = repository.clock().monotonic();
     data_dir::refuse_partial(&options.data_dir)?;
     let client = Client::connect(&options.connect, &options.data_dir).await?;
@@ -102,22 +111,34 @@ pub async fn run(repository: &Repository, options: &Options, events: &Events) ->
             server.system_id
         )));
     }
+    let standby = match options.of_standby {
+        true => Some(Standby::of(repository, &options.data_dir, server.version, options.generation).await?),
+        false => None,
+    };
     let (started_at, server_started) = (client.now().await?, client.started().await?);
-    let descent = |timeline| Descent { generation: options.generation, timeline, system_id: server.system_id };
-    let look = async |timeline| find_parent(repository, descent(timeline), server_started, options.full, events).await;
+    let system_id = server.system_id;
+    let descent = |timeline, start| Descent { generation: options.generation, timeline, system_id, start };
+    let look = async |timeline, start| {
+        find_parent(repository, descent(timeline, start), server_started, options.full, events).await
+    };
     // The server's checkpoint takes a while: the repository is looked at meanwhile.
     let looked = async {
         let newest = check_newest(repository, options.generation);
         // A full backup believes nothing that was stored before.
         let since = async { if options.full { Ok(None) } else { remains::since(repository).await } };
-        tokio::try_join!(newest, look(control.timeline), since)
+        tokio::try_join!(newest, look(control.timeline, Lsn(u64::MAX)), since)
     };
     let began_there = client.start_backup(server.version, "perennial", options.fast);
     let (start, ((), parent, since)) = tokio::try_join!(began_there, looked)?;
     // After a promotion the timeline shows there only with the next checkpoint: the one that has just been made.
     let before = control.timeline;
     let control = ControlFile::read(&options.data_dir, server.version)?;
-    let mut parent = if control.timeline == before { parent } else { look(control.timeline).await? };
+    let is_ahead = parent.as_ref().is_some_and(|parent| parent.ends_behind(start));
+    let mut parent =
+        if control.timeline == before && !is_ahead { parent } else { look(control.timeline, start).await? };
+    if let Some(standby) = &standby {
+        standby.check().await?;
+    }
     let nonce = u16::from_le_bytes(repository.clock().random());
     let id = BackupId { generation: options.generation, start, nonce };
 
@@ -130,6 +151,9 @@ pub async fn run(repository: &Repository, options: &Options, events: &Events) ->
         tokio::try_join!(outside_files(&client, &options.data_dir), announced, async {
             Ok(summaries::ask(&client, server.version, parent.as_mut(), &now, clock_and_events).await)
         })?;
+    if options.of_standby {
+        standby::hold_wal(repository, id).await?;
+    }
     let walk = data_dir::walk(&options.data_dir, server.version, control.catalog_version)?;
     announce(events, id, start, &walk);
     let (data_checksums, max_rate) = (control.data_checksums, options.max_rate);
@@ -148,12 +172,6 @@ pub async fn run(repository: &Repository, options: &Options, events: &Events) ->
     let failed = besides(&task, options, place, &client, events).await?;
     let databases = client.databases().await?;
     let stopped = client.stop_backup(server.version).await?;
-    // The session must live until the stop: a backup ends with the session that began it.
-    drop(client);
-    report_damage(&copied, compared, options, events)?;
-    let behind_wal = (copied.behind_wal.clone(), copied.stretches_behind_wal);
-    let unread = copied.unread;
-
     let needed = wait::Needed {
         generation: options.generation,
         timeline: control.timeline,
@@ -162,7 +180,22 @@ pub async fn run(repository: &Repository, options: &Options, events: &Events) ->
         size: control.segment_size,
         system_id: server.system_id,
     };
-    wait::for_wal(repository, &needed, options.wal_timeout, events).await?;
+    let end = match standby {
+        Some(standby) => Some(standby.end(needed, &client, options.wal_timeout).await?),
+        None => None,
+    };
+    // The session must live until the stop: a backup ends with the session that began it.
+    drop(client);
+    report_damage(&copied, compared, options, events)?;
+    let behind_wal = (copied.behind_wal.clone(), copied.stretches_behind_wal);
+    let unread = copied.unread;
+
+    let last_commit = match end {
+        Some(end) => end.for_wal(options.wal_timeout, events).await?,
+        None => wait::for_wal(repository, &needed, options.wal_timeout, events).await.map(|()| None)?,
+    };
+    // A restore to a time starts from a backup that ended before it: what one has of later commits cannot be taken back.
+    let stopped = Stopped { at: stopped.at.max(last_commit.unwrap_or(stopped.at)), ..stopped };
     let head = commit(
         repository,
         &task,
@@ -269,10 +302,13 @@ fn check(server: &Server, options: &Options) -> Result<()> {
         ))
         .hint("name the right directory with -D, or the right server with PGHOST and PGPORT"));
     }
-    if server.in_recovery {
-        return Err(Error::refused("the server is in recovery: base backups are taken from the primary"));
+    if server.in_recovery != options.of_standby {
+        let (is, was) =
+            if server.in_recovery { ("in recovery", "a primary's") } else { ("no standby any more", "a standby's") };
+        return Err(Error::refused(format!("the server is {is}, and its directory was {was}"))
+            .hint("run it again once that has settled"));
     }
-    if !server.archiving {
+    if !server.archiving && !options.of_standby {
         return Err(Error::refused("nothing brings this server's WAL to the repository, and without it a backup cannot be restored")
             .hint("start the server with `perennial run`, or set archive_mode = on and archive_command = 'perennial wal push \"%p\"'"));
     }

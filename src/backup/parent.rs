@@ -21,6 +21,9 @@ pub struct Descent {
     pub generation: Generation,
     pub timeline: Timeline,
     pub system_id: SystemId,
+    /// Where the new one starts. One that ended later, as the primary's may have when this is a standby, is of the same past and
+    /// ahead of it: its pages may be later than ours.
+    pub start: Lsn,
 }
 
 /// A backup, read.
@@ -57,6 +60,7 @@ impl Parent {
             lineage.contains(head.generation)
                 && head.system_id == descent.system_id
                 && head.region_size == REGION
+                && head.stop_lsn <= descent.start
                 && history.has(head.timeline, head.stop_lsn)
         };
         let sound = repository.backups().await?.sound;
@@ -169,6 +173,11 @@ impl Parent {
         }
         self.left = Arc::new(sparse::left_behind(&used, total));
         Ok(())
+    }
+
+    /// Whether it ended behind a position.
+    pub fn ends_behind(&self, lsn: Lsn) -> bool {
+        self.head.as_ref().is_some_and(|head| head.stop_lsn > lsn)
     }
 
     pub fn file(&self, path: &str) -> Option<&FileEntry> {

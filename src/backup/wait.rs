@@ -1,14 +1,15 @@
 //! Waiting until the WAL of a backup is in the bucket, and looking at it there.
 
 use std::collections::BTreeSet;
+use std::ops::RangeInclusive;
 use std::time::Duration;
 
 use futures::{StreamExt, TryStreamExt};
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
 use crate::events::{Event, Events};
 use crate::model::{Generation, Lsn, SystemId, Timeline};
-use crate::repository::Repository;
+use crate::repository::{Repository, WalHead};
 use crate::wal::{SegmentName, SegmentSize, WalFileName};
 
 /// The WAL without which a backup is no backup.
@@ -22,30 +23,31 @@ pub struct Needed {
     pub system_id: SystemId,
 }
 
+impl Needed {
+    /// Its segments.
+    pub fn numbers(&self) -> RangeInclusive<u64> {
+        self.size.number_at(self.start)..=self.size.number_before(self.stop)
+    }
+}
+
 /// Between two looks; each wait is half as long again as the one before.
 const FIRST_WAIT: Duration = Duration::from_millis(20);
 const LONGEST_WAIT: Duration = Duration::from_secs(1);
 /// A person is told again after this long.
-const REMIND: Duration = Duration::from_secs(10);
+pub const REMIND: Duration = Duration::from_secs(10);
 /// Heads read at once.
 const PARALLEL: usize = 16;
 
 pub async fn for_wal(repository: &Repository, needed: &Needed, timeout: Duration, events: &Events) -> Result<()> {
     let clock = repository.clock();
-    let mut missing: BTreeSet<u64> =
-        (needed.size.number_at(needed.start)..=needed.size.number_before(needed.stop)).collect();
+    let mut missing: BTreeSet<u64> = needed.numbers().collect();
     let (began, mut wait, mut told) = (clock.monotonic(), FIRST_WAIT, clock.monotonic());
     loop {
         check(repository, needed, &mut missing).await?;
         let Some(first) = missing.first().copied() else { return Ok(()) };
         let waited = clock.monotonic() - began;
         if waited > timeout {
-            let name = SegmentName::new(needed.timeline, first, needed.size);
-            return Err(Error::new(
-                crate::error::Kind::Unreachable,
-                format!("after {} s, {} of the backup's WAL segments are not in the repository, the first is {name}", waited.as_secs(), missing.len()),
-            )
-            .hint("see why archiving fails: SELECT * FROM pg_stat_archiver, and the server's log; the backup was not made visible"));
+            return Err(timed_out(needed, first, (missing.len(), waited)).hint("see why archiving fails: SELECT * FROM pg_stat_archiver, and the server's log; the backup was not made visible"));
         }
         if clock.monotonic() - told > REMIND {
             told = clock.monotonic();
@@ -77,9 +79,17 @@ async fn check(repository: &Repository, needed: &Needed, missing: &mut BTreeSet<
 
 async fn arrived(repository: &Repository, needed: &Needed, number: u64) -> Result<bool> {
     let name = SegmentName::new(needed.timeline, number, needed.size);
-    let Some(head) = repository.wal_head(needed.generation, WalFileName::Segment(name)).await? else {
-        return Ok(false);
-    };
+    Ok(head_of(repository, needed, needed.generation, name).await?.is_some())
+}
+
+/// The head of a segment, if it is there: it says that it is this segment of this cluster.
+pub async fn head_of(
+    repository: &Repository,
+    needed: &Needed,
+    generation: Generation,
+    name: SegmentName,
+) -> Result<Option<WalHead>> {
+    let Some(head) = repository.wal_head(generation, WalFileName::Segment(name)).await? else { return Ok(None) };
     if head.system_id != needed.system_id || head.size != needed.size.bytes() {
         return Err(Error::damaged(format!(
             "{name} in the repository belongs to system {} and holds {} bytes; this is system {} with segments of {}",
@@ -89,5 +99,14 @@ async fn arrived(repository: &Repository, needed: &Needed, number: u64) -> Resul
             needed.size.bytes()
         )));
     }
-    Ok(true)
+    Ok(Some(head))
+}
+
+pub fn timed_out(needed: &Needed, first: u64, (missing, waited): (usize, Duration)) -> Error {
+    let name = SegmentName::new(needed.timeline, first, needed.size);
+    let waited = waited.as_secs();
+    let why = format!(
+        "after {waited} s, {missing} of the backup's WAL segments are not in the repository, the first is {name}"
+    );
+    Error::new(Kind::Unreachable, why)
 }

@@ -53,7 +53,7 @@ pub enum Command {
     Run(Run),
     /// Keep the repository current for a server that something else runs
     Agent(Agent),
-    /// Take a base backup of a running server
+    /// Take a base backup of a running server, a primary or a standby
     Backup(Backup),
     /// Restore into a new directory: the newest state, or a point in the past
     Restore(Restore),

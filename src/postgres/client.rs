@@ -197,9 +197,24 @@ impl Client {
         Ok(self.text("pg_current_wal_flush_lsn()").await?.parse()?)
     }
 
-    /// The end of what has been written of WAL, flushed or not.
+    /// The end of what has been written of WAL, flushed or not; of a standby, of what it has replayed.
     pub async fn inserted(&self) -> Result<Lsn> {
-        Ok(self.text("pg_current_wal_insert_lsn()").await?.parse()?)
+        Ok(self
+            .text("CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn() ELSE pg_current_wal_insert_lsn() END")
+            .await?
+            .parse()?)
+    }
+
+    /// How far a standby has replayed WAL.
+    pub async fn replayed(&self) -> Result<Lsn> {
+        Ok(self.text("pg_last_wal_replay_lsn()").await?.parse()?)
+    }
+
+    /// When the last transaction ended that a standby has replayed, by the primary's clock; `None` before the first one since
+    /// its start.
+    pub async fn last_replayed_commit(&self) -> Result<Option<Timestamp>> {
+        let micros = self.text("(extract(epoch FROM pg_last_xact_replay_timestamp()) * 1000000)::bigint").await?;
+        Ok(micros.parse().ok().map(Timestamp::from_unix_micros))
     }
 
     /// When the server was started, by its own clock.

@@ -9,7 +9,7 @@ use bytes::Bytes;
 use serde::de::{DeserializeOwned, IgnoredAny};
 use serde::{Deserialize, Serialize};
 
-use super::codec::{Codec, Sha256, decompress};
+use super::codec::{Codec, Hasher, Sha256, decompress};
 use super::region::{REGION, Region};
 use super::{Repository, crc, envelope};
 use crate::error::{Error, Result};
@@ -188,10 +188,9 @@ impl LinesWriter {
         if !self.lines.is_empty() {
             self.flush()?;
         }
-        let mut hash = aws_lc_rs::digest::Context::new(&aws_lc_rs::digest::SHA256);
+        let mut hash = Hasher::default();
         self.stored.iter().for_each(|frame| hash.update(frame));
-        let mut lines = Lines { frames: self.frames, ..Lines::none() };
-        lines.frames_sha256.0.copy_from_slice(hash.finish().as_ref());
+        let lines = Lines { frames: self.frames, frames_sha256: hash.finish() };
         Ok((lines, self.stored))
     }
 }
@@ -245,7 +244,7 @@ impl Repository {
         lines: &Lines,
         line: &mut (dyn FnMut(Line) -> Result<ControlFlow<()>> + Send),
     ) -> Result<()> {
-        let mut hash = aws_lc_rs::digest::Context::new(&aws_lc_rs::digest::SHA256);
+        let mut hash = Hasher::default();
         let mut count = 0;
         let mut ended = false;
         for (stored, plain) in &lines.frames {
@@ -275,7 +274,7 @@ impl Repository {
         if !ended {
             return Err(self.corrupt(key, "it has no end"));
         }
-        if hash.finish().as_ref() != lines.frames_sha256.0 {
+        if hash.finish() != lines.frames_sha256 {
             return Err(self.corrupt(key, "the checksum of its lines does not hold"));
         }
         Ok(())

@@ -139,6 +139,19 @@ impl Repository {
         Ok(self.store.list_level(layout::PRUNES).await?.entries)
     }
 
+    /// The highest position that a prune on record, any of which may still be deleting, has said that.
+    pub async fn latest_points_from(&self) -> Result<Lsn> {
+        let mut latest = Lsn(0);
+        for entry in self.prunes().await? {
+            // A record that has gone since was an older one's.
+            if let Some(bytes) = read_small(self.store(), &entry.key, DOCUMENT_MAX).await? {
+                let record: PruneRecord = document::read(&bytes).map_err(|why| self.corrupt(&entry.key, why))?;
+                latest = latest.max(record.points_from);
+            }
+        }
+        Ok(latest)
+    }
+
     /// Before which position WAL was pruned on the way to the newest state, as the last prune left it; zero for never.
     pub async fn points_from(&self) -> Result<Lsn> {
         let last: Option<PruneRecord> = self.last_record(layout::PRUNES).await?;

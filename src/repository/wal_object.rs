@@ -5,7 +5,7 @@ use std::ops::Range;
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
-use super::codec::{Codec, Sha256, decompress};
+use super::codec::{Codec, Hasher, Sha256, decompress};
 use super::{Repository, envelope, layout};
 use crate::error::{Error, Kind, Result};
 use crate::model::{Generation, Lsn, SystemId, Timestamp, WriteId};
@@ -79,10 +79,8 @@ impl WalObject {
         frames: Vec<Frame>,
         identity: (WriteId, Timestamp),
     ) -> Result<WalObject> {
-        let mut hash = aws_lc_rs::digest::Context::new(&aws_lc_rs::digest::SHA256);
+        let mut hash = Hasher::default();
         frames.iter().for_each(|frame| hash.update(&frame.stored));
-        let mut stored_sha256 = [0; 32];
-        stored_sha256.copy_from_slice(hash.finish().as_ref());
         let facts = plain.facts;
         let head = WalHead {
             format: FORMAT.to_owned(),
@@ -92,7 +90,7 @@ impl WalObject {
             size: plain.size,
             crc32c: plain.crc32c,
             frames: frames.iter().map(|frame| (frame.stored.len() as u64, frame.plain)).collect(),
-            stored_sha256: Sha256(stored_sha256),
+            stored_sha256: hash.finish(),
             pushed_at: identity.1,
             last_record_end: facts.as_ref().map(|f| f.last_record_end),
             first_commit: facts.as_ref().and_then(|f| f.first_commit),
@@ -228,14 +226,14 @@ impl Repository {
             return Err(self.corrupt(&key, "its frames do not add up to its size"));
         }
         let mut pieces = Pieces { repository: self, key: &key, held: first.bytes, at: 0, end: first.object_size };
-        let mut hash = aws_lc_rs::digest::Context::new(&aws_lc_rs::digest::SHA256);
+        let mut hash = Hasher::default();
         let mut place = head_length as u64;
         let mut offset = 0;
         for (index, (length, size)) in head.frames.iter().copied().enumerate() {
             let frame = pieces.get(place..place + length).await?;
             hash.update(&frame);
             let last = index + 1 == head.frames.len();
-            if last && hash.clone().finish().as_ref() != head.stored_sha256.0 {
+            if last && hash.clone().finish() != head.stored_sha256 {
                 return Err(self.corrupt(&key, "the checksum of its content does not hold"));
             }
             let plain = tokio::task::spawn_blocking(move || decompress(&frame, size as usize))

@@ -66,7 +66,7 @@ pub async fn find(
     let stays = |gone: &BTreeSet<BackupId>| -> Vec<&BackupHead> {
         census.heads.iter().filter(|head| !gone.contains(&head.backup_id)).collect()
     };
-    let needs_now = needs(census, plan, &stays(&over.now))?;
+    let needs_now = needs(census, plan, &stays(&over.now), now)?;
     let mut garbage = Garbage { wal: wal(census, plan, &needs_now, &options.keep, now)?, ..Garbage::default() };
     if plan.points_from.is_some() {
         garbage.logs = logs(repository, census, &needs_now, &options.keep, now).await?;
@@ -83,7 +83,7 @@ pub async fn find(
     }
     let sizes = |entries: &[Entry]| entries.iter().map(|entry| entry.size).sum::<u64>();
     let packs = packs(repository, census, over, now, now.earlier_by(options.grace)).await?;
-    let wal_later = wal(census, plan, &needs(census, plan, &stays(&over.later))?, &options.keep, now)?;
+    let wal_later = wal(census, plan, &needs(census, plan, &stays(&over.later), now)?, &options.keep, now)?;
     let of_later = census.objects.iter().filter(|(id, _)| over.later.contains(id) && !over.now.contains(id));
     let of_later: u64 = of_later.map(|(_, of)| sizes(&in_order(of))).sum();
     let later = of_later + packs.later + sizes(&wal_later).saturating_sub(sizes(&garbage.wal));
@@ -111,12 +111,20 @@ pub fn dead(census: &Census, now: Timestamp) -> Vec<BackupId> {
     census.objects.iter().filter(dead).map(|(id, _)| *id).collect()
 }
 
-fn needs(census: &Census, plan: &Plan, needed: &[&BackupHead]) -> Result<Needs> {
+fn needs(census: &Census, plan: &Plan, needed: &[&BackupHead], now: Timestamp) -> Result<Needs> {
     let mut needs = Needs::default();
     let Some(main) = &census.main else { return Ok(needs) };
     let view = main.view()?;
     if let Some(from) = plan.points_from {
         needs.add_all_since(&view, from);
+    }
+    // Listed after our record was there. One of a standby begins at that one's last restart point, which may lie before the
+    // last backup's start.
+    for (id, of) in &census.objects {
+        let has_ended_since = of.manifest.is_some() && !census.heads.iter().any(|head| head.backup_id == *id);
+        if has_ended_since || is_under_way(census, *id, of, now) {
+            needs.add_all_since(&view, id.start);
+        }
     }
     for head in needed {
         let goes = !plan.verdicts.iter().any(|verdict| verdict.id == head.backup_id && verdict.stays());

@@ -14,8 +14,8 @@ use futures::{StreamExt, TryStreamExt};
 use serde_json::json;
 use tokio::sync::Semaphore;
 
-use crate::backup::make_visible;
 use crate::backup::remains::{self, Remains};
+use crate::backup::{make_visible, standby};
 use crate::clock::Clock;
 use crate::error::{Error, Kind, Result};
 use crate::events::Events;
@@ -23,9 +23,10 @@ use crate::model::{BackupId, Generation, Lsn, PackId, SystemId, Timeline, WriteI
 use crate::repository::codec::Sha256;
 use crate::repository::manifest::{BackupHead, Line, Lines, LinesWriter};
 use crate::repository::pack::PackBuilder;
-use crate::repository::{Codec, NewWriter, Repository};
+use crate::repository::{Codec, NewWriter, Repository, layout};
 use crate::retention::{self, Keep};
 use crate::storage::{Adapter, Body, Chunk, Created, Entry, Level, Store};
+use crate::wal::{SegmentName, WalFileName};
 
 /// Lets so many requests through and no more.
 #[derive(Debug, Clone)]
@@ -293,6 +294,71 @@ fn a_backup_names_no_pack_that_a_prune_deletes_whatever_the_order_of_their_reque
     }
     let Outcomes { named, gone, spared, refused } = outcomes;
     assert!(named > 100 && gone > 100 && spared > 50 && refused == 0, "{outcomes:?}");
+}
+
+/// Backups of a standby begin at its last restart point: here a segment before the last backup of the primary.
+async fn back_up_standby(repository: Repository, id: BackupId) -> Result<()> {
+    Remains::announce(&repository, id, None, &Events::silent()).await?;
+    standby::hold_wal(&repository, id).await?;
+    if !wal_is_there(&repository).await {
+        return Err(Error::not_found("WAL"));
+    }
+    let (head, body) = manifest(&repository, id, &[]);
+    make_visible(&repository, &head, &body, &[]).await
+}
+
+fn segment(number: u64) -> String {
+    let size = (1 << 24).try_into().expect("a size");
+    layout::wal_file(Generation(1), WalFileName::Segment(SegmentName::new(Timeline(1), number, size)))
+}
+
+async fn wal_is_there(repository: &Repository) -> bool {
+    let listed: Vec<Entry> =
+        repository.store().list(&layout::wal_dir(Generation(1)), None).try_collect().await.expect("listed");
+    (0..4).all(|number| listed.iter().any(|entry| entry.key == segment(number)))
+}
+
+#[test]
+fn a_backup_of_a_standby_keeps_its_wal_or_is_not_there_whatever_the_order_of_requests() {
+    let backup = BackupId { start: Lsn(0), ..id(1, 3) };
+    let world = || {
+        block_on(async {
+            let world = World::new(1).await;
+            for number in 0..4 {
+                world.store.create(&segment(number), &Body::from(vec![0; 9])).await.expect("put");
+            }
+            world
+        })
+    };
+    let new_backup = |world: &World| Actor::new(world, |repository| back_up_standby(repository, backup));
+    let new_prune = |world: &World| Actor::new(world, |repository| prune(repository, Duration::ZERO));
+    let (all_of_backup, all_of_prune) = (requests(new_backup(&world())), requests(new_prune(&world())));
+    let (mut visible, mut refused) = (0, 0);
+    let moments = (0..=all_of_prune).flat_map(|prune| (0..=all_of_backup).map(move |backup| (prune, backup)));
+    for ((of_prune, of_backup), prune_first) in moments.flat_map(|moment| [true, false].map(|first| (moment, first))) {
+        let world = world();
+        let (mut ours, mut pruning) = (new_backup(&world), new_prune(&world));
+        let mut actors = [(&mut pruning, of_prune), (&mut ours, of_backup)];
+        if !prune_first {
+            actors.reverse();
+        }
+        actors.iter_mut().for_each(|(actor, requests)| actor.go(*requests));
+        for (actor, _) in &mut actors {
+            actor.finish();
+        }
+        let there = block_on(world.repository.backup_ids()).expect("listed").contains(&backup);
+        match ours.finish() {
+            Ok(()) => {
+                assert!(there && block_on(wal_is_there(&world.repository)), "{of_prune} {of_backup} {prune_first}");
+                visible += 1;
+            }
+            Err(error) => {
+                assert!(!there && error.kind() == Kind::Refused, "{of_prune} {of_backup} {prune_first}: {error}");
+                refused += 1;
+            }
+        }
+    }
+    assert!(visible > 100 && refused > 100, "{visible} {refused}");
 }
 
 #[test]

@@ -197,6 +197,7 @@ async fn next(options: &Options, pusher: &Pusher, at_once: bool, events: &Events
         generation: pusher.writer.claim.generation,
         // The first one protects: it must not wait for a checkpoint spread over minutes.
         fast: ended.is_none(),
+        of_standby: false,
         fail_on_damage: false,
         full: is_full_due(last.full, repository.clock().now(), options.full_every),
         max_rate: options.max_rate,

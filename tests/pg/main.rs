@@ -27,6 +27,7 @@ mod outages;
 mod retention;
 mod selected;
 mod shapes;
+mod standby_backups;
 mod standbys;
 mod summaries;
 mod survive;

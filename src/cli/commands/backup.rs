@@ -1,13 +1,18 @@
 //! `perennial backup`.
 
+use std::path::Path;
+use std::sync::Arc;
+
 use crate::archive::ensure_writer;
 use crate::backup;
 use crate::cli::setup::Setup;
 use crate::cli::{args, environment, identity, output};
 use crate::error::{Error, Result};
-use crate::model::human_bytes;
+use crate::model::{Generation, human_bytes};
+use crate::postgres::{ControlFile, version_of};
 use crate::repository::Repository;
-use crate::storage::Policy;
+use crate::restore::standby;
+use crate::storage::{Policy, Store};
 
 use super::wide;
 
@@ -22,29 +27,23 @@ pub fn run(setup: &Setup, args: args::Backup) -> Result<i32> {
     identity::drop_root(&data_dir)?;
     wide(async {
         let store = setup.store(&setup.location(None)?, Policy::default())?;
-        let writer =
-            ensure_writer(store.clone(), &data_dir, None, &environment::host_name(), &setup.clock, &setup.events)
-                .await?;
+        let of_standby = standby::is_standby(&data_dir)?;
+        let (repository, generation) = match of_standby {
+            true => of_primary(Repository::open(store, &setup.clock).await?, &data_dir).await?,
+            false => own(setup, store, &data_dir).await?,
+        };
         let options = backup::Options {
             beside: setup.besides(args.beside, &data_dir)?,
             data_dir,
             connect: environment::connection(),
-            generation: writer.claim.generation,
+            generation,
             fast: !args.spread_checkpoint,
+            of_standby,
             fail_on_damage: args.fail_on_damage,
             full: args.full,
             max_rate: setup.size(args.max_rate, setup.config.max_rate.as_ref())?,
             wal_timeout: args.wal_timeout,
         };
-        let repository = Repository::open(store, &setup.clock).await?;
-        if repository.descriptor().repository_id != writer.descriptor.repository_id {
-            return Err(Error::refused(format!(
-                "{} is another repository than the one this directory archives to ({})",
-                repository.address(),
-                writer.descriptor.repository_id
-            ))
-            .hint("the bucket was emptied or replaced: bring it back, or remove pgsql_tmp_perennial from the data directory to begin anew there"));
-        }
         let done = backup::run(&repository, &options, &setup.events).await?;
         if setup.global.json {
             output::json(&serde_json::json!({
@@ -73,6 +72,47 @@ pub fn run(setup: &Setup, args: args::Backup) -> Result<i32> {
         // The backup is there; what was asked for besides is not.
         done.failed.into_iter().next().map_or(Ok(0), Err)
     })
+}
+
+/// The repository, and the generation under which the directory archives to it.
+async fn own(setup: &Setup, store: Arc<dyn Store>, data_dir: &Path) -> Result<(Repository, Generation)> {
+    let host = environment::host_name();
+    let writer = ensure_writer(store.clone(), data_dir, None, &host, &setup.clock, &setup.events).await?;
+    let repository = Repository::open(store, &setup.clock).await?;
+    if repository.descriptor().repository_id != writer.descriptor.repository_id {
+        return Err(Error::refused(format!(
+            "{} is another repository than the one this directory archives to ({})",
+            repository.address(),
+            writer.descriptor.repository_id
+        ))
+        .hint("the bucket was emptied or replaced: bring it back, or remove pgsql_tmp_perennial from the data directory to begin anew there"));
+    }
+    Ok((repository, writer.claim.generation))
+}
+
+/// The generation under which a standby's primary archives: the newest, if it is of the same cluster. A standby claims nothing.
+async fn of_primary(repository: Repository, data_dir: &Path) -> Result<(Repository, Generation)> {
+    let system_id = ControlFile::read(data_dir, version_of(data_dir)?)?.system_id;
+    let nobody = || {
+        Error::refused(format!(
+            "{} is a standby's, and nobody archives to {}",
+            data_dir.display(),
+            repository.address()
+        ))
+        .hint("archive the primary's WAL there first: perennial run, agent or wal push")
+    };
+    let generation = repository.newest_generation().await?.ok_or_else(nobody)?;
+    let claim = repository.claim(generation).await?;
+    if claim.system_id != system_id {
+        return Err(Error::refused(format!(
+            "{} is a standby of system {system_id}, {} is of {}",
+            data_dir.display(),
+            repository.address(),
+            claim.system_id
+        ))
+        .hint("name the repository of its primary with --repo"));
+    }
+    Ok((repository, generation))
 }
 
 fn behind_wal(stretches: &[backup::Stretch]) -> serde_json::Value {
