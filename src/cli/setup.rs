@@ -135,7 +135,7 @@ impl Setup {
     }
 
     /// How what is written is locked; a second place may have a lock of its own.
-    fn lock(&self, own: &str) -> Result<Option<Lock>> {
+    pub fn lock(&self, own: &str) -> Result<Option<Lock>> {
         let owned = |name: &str| {
             if own.is_empty() { None } else { environment::with_prefix(own).remove(&format!("{own}{name}")) }
         };

@@ -14,6 +14,7 @@ mod envelope;
 mod generation;
 pub mod layout;
 mod lines;
+mod locks;
 pub mod log;
 pub mod manifest;
 pub mod origin;

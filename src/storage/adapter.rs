@@ -14,11 +14,13 @@ use object_store::{
 };
 
 use super::failure::{Meaning, meaning};
-use super::lock::Lock;
+use super::lock::{Lock, Renewal};
 use super::{Body, Chunk, Created, Entry, Level, Location, Store};
 use crate::clock::Clock;
 use crate::error::{Error, IoContext, Kind, Result};
 use crate::model::Timestamp;
+
+const LOCK_HINT: &str = "a lock was asked for (--lock): the bucket must have Object Lock, and you s3:PutObjectRetention and s3:GetObjectRetention";
 
 /// One of the library's stores, seen through the repository's prefix.
 #[derive(Debug, Clone)]
@@ -112,7 +114,7 @@ impl Store for Adapter {
             Err(raw) => match meaning(raw, &self.url(key), self.local) {
                 Meaning::Taken => Ok(Created::AlreadyThere),
                 Meaning::Failed(error) if holds && matches!(error.kind(), Kind::Refused | Kind::Denied) => {
-                    Err(error.hint("a lock was asked for (--lock): the bucket must have Object Lock, and you s3:PutObjectRetention"))
+                    Err(error.hint(LOCK_HINT))
                 }
                 Meaning::Failed(error) => Err(error),
                 Meaning::Absent => Err(Error::not_found(format!("{}: the place to write to is gone", self.url(key)))),
@@ -193,6 +195,25 @@ impl Store for Adapter {
                 Meaning::Absent => Ok(()),
                 Meaning::Failed(error) => Err(error),
                 Meaning::Taken => Err(Error::internal(format!("{}: a delete answered 'exists'", self.url(key)))),
+            },
+        }
+    }
+
+    fn locks(&self) -> bool {
+        self.lock.is_some()
+    }
+
+    async fn renew(&self, key: &str) -> Result<()> {
+        let hold = self.lock.as_ref().and_then(|(lock, clock)| lock.hold(key, clock));
+        let Some(hold) = hold else { return Ok(()) };
+        let mut options = GetOptions { head: true, ..GetOptions::default() };
+        options.extensions.insert(Renewal(hold));
+        match self.inner.get_opts(&self.path(key), options).await {
+            Ok(_) => Ok(()),
+            Err(raw) => match meaning(raw, &self.url(key), self.local) {
+                Meaning::Absent => Ok(()),
+                Meaning::Failed(error) => Err(error.context("its lock could not be renewed").hint(LOCK_HINT)),
+                Meaning::Taken => Err(Error::internal(format!("{}: a lock answered 'exists'", self.url(key)))),
             },
         }
     }

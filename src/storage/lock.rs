@@ -8,10 +8,13 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use async_trait::async_trait;
+use aws_lc_rs::digest::{SHA256, digest};
+use base64::prelude::{BASE64_STANDARD, Engine};
+use http::HeaderValue;
 use object_store::aws::{AwsAuthorizer, AwsCredentialProvider};
 use object_store::client::{
-    ClientOptions, HttpClient, HttpConnector, HttpError, HttpErrorKind, HttpRequest, HttpResponse, HttpService,
-    ReqwestConnector,
+    ClientOptions, HttpClient, HttpConnector, HttpError, HttpErrorKind, HttpRequest, HttpRequestBody, HttpResponse,
+    HttpService, ReqwestConnector,
 };
 
 use crate::clock::Clock;
@@ -53,6 +56,12 @@ impl FromStr for LockMode {
 }
 
 impl Lock {
+    /// Whether all that the last backup needs is locked at every moment, when backups are taken and now and then full ones
+    /// (zero: never).
+    pub fn outlasts(&self, backup_every: Duration, full_every: Duration) -> bool {
+        !full_every.is_zero() && self.keep >= full_every.saturating_add(backup_every)
+    }
+
     /// For an object that is written now; nothing for one that is not worth it.
     pub(super) fn hold(&self, key: &str, clock: &Clock) -> Option<Hold> {
         let until = clock.now().later_by(self.keep);
@@ -68,12 +77,35 @@ pub(super) struct Hold {
 }
 
 impl Hold {
-    fn headers(&self) -> [(&'static str, &str); 2] {
-        let mode = match self.mode {
+    fn mode(&self) -> &'static str {
+        match self.mode {
             LockMode::Governance => "GOVERNANCE",
             LockMode::Compliance => "COMPLIANCE",
-        };
-        [("x-amz-object-lock-mode", mode), ("x-amz-object-lock-retain-until-date", &self.until)]
+        }
+    }
+
+    fn headers(&self) -> [(&'static str, &str); 2] {
+        [("x-amz-object-lock-mode", self.mode()), ("x-amz-object-lock-retain-until-date", &self.until)]
+    }
+}
+
+/// Goes with a request for the head of an object whose lock is to last as long, if it does not already.
+#[derive(Debug, Clone)]
+pub(super) struct Renewal(pub Hold);
+
+impl Renewal {
+    /// What is asked for beyond what the object's head says it has; nothing when that lasts.
+    fn beyond(self, head: &HttpResponse) -> Option<String> {
+        let of = |name: &str| head.headers().get(name).and_then(|value| value.to_str().ok());
+        // The longest part of both that is a time of the same form.
+        let lasts =
+            of("x-amz-object-lock-retain-until-date").is_some_and(|until| until.get(..19) >= self.0.until.get(..19));
+        // What nobody can delete stays so.
+        let mode = if of("x-amz-object-lock-mode") == Some("COMPLIANCE") { "COMPLIANCE" } else { self.0.mode() };
+        let until = &self.0.until;
+        (!lasts).then(|| {
+            format!("<Retention xmlns=\"http://s3.amazonaws.com/doc/2006-03-01/\"><Mode>{mode}</Mode><RetainUntilDate>{until}</RetainUntilDate></Retention>")
+        })
     }
 }
 
@@ -103,34 +135,79 @@ struct Locking {
 impl HttpService for Locking {
     async fn call(&self, mut request: HttpRequest) -> Result<HttpResponse, HttpError> {
         if let Some(hold) = request.extensions_mut().remove::<Hold>() {
-            self.add(&mut request, &hold).await.map_err(|why| HttpError::new(HttpErrorKind::Request, why))?;
+            self.add(&mut request, &hold).await.map_err(refused)?;
         }
-        self.inner.execute(request).await
+        match request.extensions_mut().remove::<Renewal>() {
+            Some(renewal) => self.renew(request, renewal).await,
+            None => self.inner.execute(request).await,
+        }
     }
 }
 
+fn header(value: &str) -> Result<HeaderValue, Unsigned> {
+    value.parse().map_err(unsigned)
+}
+
+fn unsigned(why: impl std::fmt::Display) -> Unsigned {
+    Unsigned(why.to_string())
+}
+
+fn refused(why: Unsigned) -> HttpError {
+    HttpError::new(HttpErrorKind::Request, why)
+}
+
 impl Locking {
+    /// Answers as the request for the head did; or, where the store refuses the lock, as that refusal.
+    async fn renew(&self, request: HttpRequest, renewal: Renewal) -> Result<HttpResponse, HttpError> {
+        let (uri, signed) = (request.uri().clone(), request.headers().get("authorization").cloned());
+        let head = self.inner.execute(request).await?;
+        let (Some(retention), Some(signed), true) = (renewal.beyond(&head), signed, head.status().is_success()) else {
+            return Ok(head);
+        };
+        let sha256 = digest(&SHA256, retention.as_bytes());
+        let mut put = HttpRequest::new(HttpRequestBody::from(retention.into_bytes()));
+        *put.method_mut() = "PUT".parse().map_err(unsigned).map_err(refused)?;
+        *put.uri_mut() = format!("{uri}?retention").parse().map_err(unsigned).map_err(refused)?;
+        let checksum = header(&BASE64_STANDARD.encode(sha256.as_ref())).map_err(refused)?;
+        put.headers_mut().insert("x-amz-checksum-sha256", checksum);
+        self.sign(&mut put, &signed, Some(sha256.as_ref())).await.map_err(refused)?;
+        let answer = self.inner.execute(put).await?;
+        Ok(if answer.status().is_success() { head } else { answer })
+    }
+
     async fn add(&self, request: &mut HttpRequest, hold: &Hold) -> Result<(), Unsigned> {
         for (name, value) in hold.headers() {
-            request.headers_mut().insert(name, value.parse().map_err(|_| Unsigned("a date that no header takes"))?);
+            request.headers_mut().insert(name, header(value)?);
         }
         // A public bucket takes no locks from strangers; it says so itself.
         let Some(signed) = request.headers_mut().remove("authorization") else { return Ok(()) };
-        let region = signed.to_str().ok().and_then(region_of).ok_or(Unsigned("a signature without a region"))?;
         let payload = request.headers_mut().remove("x-amz-content-sha256");
         // What is not signed says UNSIGNED-PAYLOAD there, instead of a hash.
         let payload = payload.as_ref().and_then(|value| value.to_str().ok()).and_then(hex_bytes::<32>);
-        let provider = self.credentials.get().ok_or(Unsigned("no credentials"))?;
-        let credential = provider.get_credential().await.map_err(|_| Unsigned("credentials that cannot be had"))?;
-        let authorizer = AwsAuthorizer::new(&credential, "s3", &region).with_sign_payload(payload.is_some());
-        let again = authorizer.try_authorize(request, payload.as_ref().map(<[u8; 32]>::as_slice));
-        again.map_err(|_| Unsigned("a request that cannot be signed"))
+        self.sign(request, &signed, payload.as_ref().map(<[u8; 32]>::as_slice)).await
+    }
+
+    /// Signs a request for where another one was signed for.
+    async fn sign(
+        &self,
+        request: &mut HttpRequest,
+        as_this: &HeaderValue,
+        sha256: Option<&[u8]>,
+    ) -> Result<(), Unsigned> {
+        let region =
+            as_this.to_str().ok().and_then(region_of).ok_or(Unsigned("a signature without a region".to_owned()))?;
+        let provider = self.credentials.get().ok_or(Unsigned("no credentials".to_owned()))?;
+        let credential =
+            provider.get_credential().await.map_err(|e| Unsigned(format!("credentials cannot be had: {e}")))?;
+        let authorizer = AwsAuthorizer::new(&credential, "s3", &region).with_sign_payload(sha256.is_some());
+        let signed = authorizer.try_authorize(request, sha256);
+        signed.map_err(|e| Unsigned(format!("the request cannot be signed: {e}")))
     }
 }
 
 /// Why a request was not signed again.
 #[derive(Debug)]
-struct Unsigned(&'static str);
+struct Unsigned(String);
 
 impl std::fmt::Display for Unsigned {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -150,6 +227,15 @@ fn region_of(authorization: &str) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_lock_outlasts_what_is_stored_anew_in_time() {
+        let day = |days: u64| Duration::from_secs(86_400 * days);
+        let lock = Lock { keep: day(30), mode: LockMode::default(), is_passing: |_| false };
+        assert!(lock.outlasts(day(1), day(29)));
+        assert!(!lock.outlasts(day(1), day(30)));
+        assert!(!lock.outlasts(day(1), Duration::ZERO), "never a full one");
+    }
 
     #[test]
     fn a_request_is_signed_again_as_it_was_signed() {

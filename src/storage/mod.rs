@@ -128,6 +128,17 @@ pub trait Store: std::fmt::Debug + Send + Sync {
 
     /// Deletes the object; a free key is fine.
     async fn delete(&self, key: &str) -> Result<()>;
+
+    /// Whether what is made is locked for a time; then [`Store::renew`] is worth it.
+    fn locks(&self) -> bool {
+        false
+    }
+
+    /// Has the lock of an object that is there last as long as that of one that is made now. Nothing where nothing is locked.
+    async fn renew(&self, key: &str) -> Result<()> {
+        let _ = key;
+        Ok(())
+    }
 }
 
 /// How many bytes of an object tell whose write it is.

@@ -156,6 +156,15 @@ impl Store for Retrying {
         let request = format!("DELETE {}", self.url(key));
         self.attempts(&request, 0, |_| self.inner.delete(key)).await
     }
+
+    fn locks(&self) -> bool {
+        self.inner.locks()
+    }
+
+    async fn renew(&self, key: &str) -> Result<()> {
+        let request = format!("PUT {}?retention", self.url(key));
+        self.attempts(&request, 0, |_| self.inner.renew(key)).await
+    }
 }
 
 /// A listing that goes on after the last key it gave when a page of it fails.

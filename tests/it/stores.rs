@@ -112,6 +112,34 @@ async fn what_is_locked_cannot_be_deleted_by_whoever_got_hold_of_the_keys() {
 }
 
 #[tokio::test]
+async fn a_lock_is_renewed_and_never_cut_short() {
+    let bucket = Bucket::lockable();
+    let endpoint = from_run("PERENNIAL_TEST_S3");
+    let at = format!("{endpoint}/{}/{}", bucket.url.strip_prefix("s3://").expect("S3"), layout::DESCRIPTOR);
+    let with = |days: u64| opened(&bucket.url, &bucket.env, None, Some(lock_of(days * 86_400)));
+    let until = || {
+        let said = signed("HEAD", &at);
+        let header = said.lines().find_map(|line| line.strip_prefix("x-amz-object-lock-retain-until-date: "));
+        header.map(|until| until.trim().to_owned())
+    };
+    opened(&bucket.url, &bucket.env, None, None).create(layout::DESCRIPTOR, &body("precious")).await.expect("stored");
+    assert_eq!(until(), None);
+    // Also what was written before anybody asked for a lock.
+    with(2).renew(layout::DESCRIPTOR).await.expect("locked");
+    let first = until().expect("locked");
+    with(4).renew(layout::DESCRIPTOR).await.expect("renewed");
+    let second = until().expect("locked");
+    assert!(second > first, "{first} {second}");
+    with(1).renew(layout::DESCRIPTOR).await.expect("left alone");
+    assert_eq!(until().as_ref(), Some(&second));
+    let bare = Bucket::s3();
+    let store = opened(&bare.url, &bare.env, None, None);
+    store.create(layout::DESCRIPTOR, &body("x")).await.expect("stored");
+    let error = opened(&bare.url, &bare.env, None, Some(lock_of(9))).renew(layout::DESCRIPTOR).await;
+    assert!(error.expect_err("it cannot").hint_text().into_iter().any(|hint| hint.contains("Object Lock")));
+}
+
+#[tokio::test]
 async fn a_bucket_that_locks_nothing_says_so() {
     let bucket = Bucket::s3();
     let store = opened(&bucket.url, &bucket.env, None, Some(lock_of(1)));

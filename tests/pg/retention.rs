@@ -137,6 +137,8 @@ fn what_is_locked_is_kept_pruned_and_restored_like_anything_else() {
     let bucket = Bucket::lockable().with_env("PERENNIAL_S3_LOCK", "1d");
     let mut machine = Machine::new(&scratch, "a", &bucket);
     machine.start(&["--init", "--rpo=20ms"]).ready().with_backup();
+    assert!(machine.log().contains("the store's lock does not outlast"), "without full backups: {}", machine.log());
+    assert!(!machine.log().contains("lock runs out"), "the first is a full one, and renews: {}", machine.log());
     point(&machine, 1);
     let newest = backup(&machine);
     point(&machine, 2);

@@ -67,6 +67,11 @@ pub(super) fn options(
     location: &Location,
 ) -> Result<run::Options> {
     let config = &setup.config;
+    let backup_every = duration(setup, keep.backup_every, config.backup_every.as_ref(), BACKUP_EVERY)?;
+    let full_every = duration(setup, keep.full_every, config.full_every.as_ref(), Duration::ZERO)?;
+    if setup.lock("")?.is_some_and(|lock| !lock.outlasts(backup_every, full_every)) {
+        setup.events.warning("the store's lock does not outlast what the last backup needs: what it shares with older ones was locked when it was written. Take full backups in time: --full-every of less than --lock, by --backup-every");
+    }
     let (keep_backups, prune_grace) = super::prune::rules(setup, &keep.retention)?;
     Ok(run::Options {
         drill: drills(setup, &mut keep)?,
@@ -87,8 +92,8 @@ pub(super) fn options(
         heartbeat: duration(setup, keep.heartbeat, config.heartbeat.as_ref(), HEARTBEAT)?,
         grace: duration(setup, keep.grace, config.grace.as_ref(), GRACE)?,
         takeover_after: duration(setup, keep.takeover_after, config.takeover_after.as_ref(), TAKEOVER_AFTER)?,
-        backup_every: duration(setup, keep.backup_every, config.backup_every.as_ref(), BACKUP_EVERY)?,
-        full_every: duration(setup, keep.full_every, config.full_every.as_ref(), Duration::ZERO)?,
+        backup_every,
+        full_every,
         max_rate: setup.size(keep.max_rate, config.max_rate.as_ref())?,
         max_wal_behind: setup.size(keep.max_wal_behind, config.max_wal_behind.as_ref())?,
         when_behind: WhenBehind::Block,

@@ -307,4 +307,12 @@ impl Store for Vault {
     async fn delete(&self, key: &str) -> Result<()> {
         self.inner.delete(key).await
     }
+
+    fn locks(&self) -> bool {
+        self.inner.locks()
+    }
+
+    async fn renew(&self, key: &str) -> Result<()> {
+        self.inner.renew(key).await
+    }
 }
