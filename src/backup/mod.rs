@@ -151,8 +151,12 @@ async fn take(repository: &Repository, options: &Options, events: &Events) -> Re
         tokio::try_join!(outside_files(&client, &options.data_dir), announced, async {
             Ok(summaries::ask(&client, server.version, parent.as_mut(), &now, clock_and_events).await)
         })?;
-    if options.of_standby {
-        standby::hold_wal(repository, id).await?;
+    if options.of_standby
+        && let Err(refused) = standby::hold_wal(repository, id).await
+    {
+        // Nothing of it is there yet, and nothing need be kept for it.
+        repository.backup_ended(id).await?;
+        return Err(refused);
     }
     let walk = data_dir::walk(&options.data_dir, server.version, control.catalog_version)?;
     announce(events, id, start, &walk);
@@ -169,7 +173,7 @@ async fn take(repository: &Repository, options: &Options, events: &Events) -> Re
         events.info(format!("{} were there already, of a backup that did not end", human_bytes(copied.found)));
     }
     let place = beside::Place { backup: id, generation: id.generation, timeline: control.timeline };
-    let failed = besides(&task, options, place, &client, events).await?;
+    let mut failed = besides(&task, options, place, &client, events).await?;
     let databases = client.databases().await?;
     let stopped = client.stop_backup(server.version).await?;
     let needed = wait::Needed {
@@ -205,6 +209,12 @@ async fn take(repository: &Repository, options: &Options, events: &Events) -> Re
         (started_at, server_started, stopped),
     )
     .await?;
+    if head.parent.is_none()
+        && let Err(error) = repository.renew_locks().await
+    {
+        events.alarm(format!("what a restore needs besides the backup may be deleted once its lock runs out: {error}"));
+        failed.push(error);
+    }
     if let Err(error) = sums.and_then(piece_sums::Writer::keep) {
         events.warning(piece_sums::lost(&error));
     }
@@ -232,7 +242,7 @@ async fn besides(
     let mut failed = Vec::new();
     for directory in &options.beside {
         // What an application has put there of a commit, it has put there after the commit.
-        let position = async || Ok((client.inserted().await?, client.now().await?));
+        let position = async || Ok((client.inserted().await?, client.now_of_commits().await?));
         let means = beside::Means {
             remains: task.remains,
             max_rate: task.max_rate,

@@ -24,8 +24,7 @@ use crate::wal::{SegmentName, WalFileName};
 const FIRST_WAIT: Duration = Duration::from_millis(200);
 const LONGEST_WAIT: Duration = Duration::from_secs(10);
 
-/// A server writes its control file, and puts a segment that it has been given once more in the place of the one it had, while
-/// we look.
+/// A server puts a segment that it has been given once more in the place of the one it had, while we look.
 const LOOKS: u32 = 50;
 const BETWEEN_LOOKS: Duration = Duration::from_millis(20);
 
@@ -86,7 +85,7 @@ impl<'a> Standby<'a> {
     }
 
     async fn look(&self) -> Result<(ControlFile, WalIndex)> {
-        let control = self.control().await?;
+        let control = ControlFile::read(self.data_dir, self.version)?;
         let generation = self.lineage.tip().generation;
         let listed = self.repository.list_wal(self.lineage.claims().iter().map(|claim| claim.generation)).await?;
         // Before a writer has stored anything nobody knows on which timeline it goes on.
@@ -101,16 +100,6 @@ impl<'a> Standby<'a> {
             .hint("take the backup once its server has archived a segment: SELECT pg_switch_wal() there"));
         }
         Ok((control, self.repository.index_of(&self.lineage, &listed).await?))
-    }
-
-    async fn control(&self) -> Result<ControlFile> {
-        for _ in 1..LOOKS {
-            if let Ok(control) = ControlFile::read(self.data_dir, self.version) {
-                return Ok(control);
-            }
-            self.repository.clock().sleep(BETWEEN_LOOKS).await;
-        }
-        ControlFile::read(self.data_dir, self.version)
     }
 
     /// The way to the newest state, on whose last timeline the standby must be.
@@ -152,12 +141,13 @@ impl<'a> Standby<'a> {
         Ok(End { standby: self, needed, replayed, last_commit })
     }
 
-    /// It keeps all WAL since its last restart point, the last checkpoint with its time among it. Of that the first segment is
-    /// taken, and the last two.
+    /// It keeps all WAL since its last restart point. Of that the first segment is taken, that of the checkpoint, with its time
+    /// and the next transaction, and the last two.
     async fn replayed(&self, needed: &Needed) -> Result<Vec<Replayed>> {
-        let control = self.control().await?;
+        let control = ControlFile::read(self.data_dir, self.version)?;
         let (first, last) = needed.numbers().into_inner();
-        let wanted: BTreeSet<u64> = [needed.size.number_at(control.redo), last.saturating_sub(1), last].into();
+        let (redo, checkpoint) = (needed.size.number_at(control.redo), needed.size.number_at(control.checkpoint));
+        let wanted: BTreeSet<u64> = [redo, checkpoint, last.saturating_sub(1), last].into();
         let mut replayed = Vec::new();
         for number in wanted.range(first..=last) {
             let name = SegmentName::new(needed.timeline, *number, needed.size);
@@ -308,11 +298,56 @@ pub async fn hold_wal(repository: &Repository, id: BackupId) -> Result<()> {
         .hint("take it again once the standby has made a restart point behind that: CHECKPOINT on the primary, then on the standby"))
 }
 
-/// Another machine has taken over meanwhile. This one is no writer that was fenced.
+/// Another machine has taken over meanwhile, or the primary was started anew. This one is no writer that was fenced.
 pub fn superseded(error: Error) -> Error {
     match error.kind() {
-        Kind::Fenced => Error::refused(format!("another machine has become the database during the backup: {error}"))
-            .hint("take the backup again once the standby has followed"),
+        Kind::Fenced => Error::refused(format!(
+            "another machine has taken over during the backup, or the primary was started anew: {error}"
+        ))
+        .hint("take the backup again once the standby has followed"),
         _ => error,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::clock::Clock;
+    use crate::model::{Lsn, SystemId, Timeline, WriteId};
+    use crate::repository::{Codec, Frame, NewWriter, Plain, WalObject};
+    use crate::storage::Adapter;
+    use crate::wal::SegmentFacts;
+
+    #[tokio::test]
+    async fn a_backup_ends_no_earlier_than_the_last_commit_in_its_wal_whatever_the_clocks_say() {
+        let store = Arc::new(Adapter::memory());
+        let (repository, _) = Repository::init(store, Codec::default(), &Clock::system()).await.expect("made");
+        let (size, system_id, generation) = ((1 << 24).try_into().expect("16 MB"), SystemId(1), Generation(1));
+        let (writer_id, host) = (WriteId([0; 16]), String::new());
+        let new = NewWriter { writer_id, system_id, pg_major: 15, segment_size: size, host };
+        repository.try_claim(None, None, &new).await.expect("asked").expect("claimed");
+        let at = Timestamp::from_unix_micros;
+        for (number, last_commit) in [(2, Some(at(9))), (3, Some(at(7))), (4, None)] {
+            let name = WalFileName::Segment(SegmentName::new(Timeline(1), number, size));
+            let plain = Plain {
+                size: 1 << 24,
+                crc32c: 0,
+                facts: Some(SegmentFacts { last_commit, ..SegmentFacts::default() }),
+            };
+            let frame = Frame { stored: vec![0; 9].into(), plain: 1 << 24 };
+            let identity = (WriteId([number as u8; 16]), at(0));
+            let object = WalObject::assemble(name, system_id, plain, vec![frame], identity).expect("assembled");
+            repository.put_wal(generation, &object, &[]).await.expect("put");
+        }
+        let version = Version::of(15).expect("known");
+        let standby = Standby::of(&repository, Path::new("/nowhere"), version, generation).await.expect("opened");
+        let (start, stop) = (Lsn((2 << 24) + 40), Lsn((4 << 24) + 40));
+        let needed = Needed { generation, timeline: Timeline(1), start, stop, size, system_id };
+        let end = End { standby, needed, replayed: Vec::new(), last_commit: None };
+        let there = [(2, generation), (3, generation), (4, generation)];
+        assert_eq!(end.last_stored_commit(&there).await.expect("read"), Some(at(9)));
+        assert_eq!(end.last_stored_commit(&there[2..]).await.expect("read"), None);
     }
 }

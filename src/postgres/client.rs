@@ -229,6 +229,13 @@ impl Client {
         Ok(Timestamp::from_unix_micros(micros))
     }
 
+    /// The server's own clock, or that of the primary's last commit, should that be ahead of a standby's.
+    pub async fn now_of_commits(&self) -> Result<Timestamp> {
+        let commit = self.last_replayed_commit().await?;
+        let now = self.now().await?;
+        Ok(commit.map_or(now, |commit| commit.max(now)))
+    }
+
     /// The databases, by number and name. One whose name is not UTF-8 is called by its number.
     pub async fn databases(&self) -> Result<Vec<(u32, String)>> {
         const SQL: &str = "SELECT oid, datname FROM pg_database ORDER BY oid";

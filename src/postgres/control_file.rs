@@ -11,6 +11,8 @@ use crate::wal::SegmentSize;
 
 /// Bytes the server writes (`PG_CONTROL_FILE_SIZE`).
 pub const CONTROL_FILE_SIZE: usize = 8192;
+/// A running server may be writing it: what is met half written is read again (as `get_controlfile` does).
+const READS: u32 = 10;
 pub const CONTROL_FILE: &str = "global/pg_control";
 
 /// `DBState`.
@@ -46,8 +48,9 @@ pub struct ControlFile {
 impl ControlFile {
     pub fn read(data_dir: &Path, version: Version) -> Result<ControlFile> {
         let path = data_dir.join(CONTROL_FILE);
-        let bytes = std::fs::read(&path).on("read", &path)?;
-        ControlFile::parse(&bytes, version).map_err(|e| e.context(path.display()))
+        let read = || ControlFile::parse(&std::fs::read(&path).on("read", &path)?, version);
+        let again = (1..READS).map(|_| read()).find(Result::is_ok);
+        again.unwrap_or_else(read).map_err(|e| e.context(path.display()))
     }
 
     /// The timeline the next start is on. Right after a promotion the last checkpoint is still of the one before.

@@ -143,13 +143,16 @@ impl Repository {
     pub async fn latest_points_from(&self) -> Result<Lsn> {
         let mut latest = Lsn(0);
         for entry in self.prunes().await? {
-            // A record that has gone since was an older one's.
-            if let Some(bytes) = read_small(self.store(), &entry.key, DOCUMENT_MAX).await? {
-                let record: PruneRecord = document::read(&bytes).map_err(|why| self.corrupt(&entry.key, why))?;
-                latest = latest.max(record.points_from);
-            }
+            latest = latest.max(self.points_from_of(&entry.key).await?);
         }
         Ok(latest)
+    }
+
+    /// What a record says of it; zero of one that has gone, because another says as much.
+    pub async fn points_from_of(&self, record: &str) -> Result<Lsn> {
+        let Some(bytes) = read_small(self.store(), record, DOCUMENT_MAX).await? else { return Ok(Lsn(0)) };
+        let read: PruneRecord = document::read(&bytes).map_err(|why| self.corrupt(record, why))?;
+        Ok(read.points_from)
     }
 
     /// Before which position WAL was pruned on the way to the newest state, as the last prune left it; zero for never.

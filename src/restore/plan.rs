@@ -178,7 +178,8 @@ fn choose_from(reachable: &Reachable, backup: Option<BackupId>, located: &Locate
         backup: (*head).clone(),
         located: located.clone(),
         generation: tip,
-        oldest: head.generation,
+        // A backup of a standby may start before its generation does.
+        oldest: view.oldest_from(head.start_lsn).map_or(head.generation, |oldest| oldest.min(head.generation)),
         timeline: reachable.timeline,
         through: coverage.through,
         gap: coverage.gap,

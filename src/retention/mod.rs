@@ -106,7 +106,12 @@ pub async fn prune(repository: &Repository, options: &Options, events: &Events) 
     if !options.dry_run {
         census.objects = repository.backup_objects().await?;
         spare_pinned(repository, &mut census, &mut goes).await?;
-        bury(repository, &sweep::dead(&census, store_now)).await?;
+        let dead = sweep::dead(&census, store_now);
+        bury(repository, &dead).await?;
+        if !dead.is_empty() {
+            // One of them may have ended after all.
+            census.objects = repository.backup_objects().await?;
+        }
     }
     let grace_over = store_now.earlier_by(options.grace);
     // One that is pinned keeps what it needs, even where its tombstone could not be taken back.
@@ -205,11 +210,13 @@ fn record(repository: &Repository, census: &Census, points_from: Lsn, goes: &[Ba
 }
 
 /// Only the newest record tells from where on WAL is there. But a prune that is older may still be deleting: its record goes
-/// once ours keeps backups from all that it may take, and every backup that was under way has ended, or after a week.
+/// once ours keeps backups from all that it may take, packs and WAL, and every backup that was under way has ended, or after a
+/// week.
 async fn forget_older(repository: &Repository, ours: &Entry, grace: Duration, nobody_under_way: bool) -> Result<()> {
     let mut records = repository.prunes().await?;
     records.pop();
     let reach = (ours.modified.earlier_by(grace), &ours.key);
+    let points_from = repository.points_from_of(&ours.key).await?;
     for record in records.iter().filter(|record| record.key != ours.key) {
         let is_old = record.modified < ours.modified.earlier_by(sweep::BACKUP_MAX);
         let theirs = match repository.prune_reach(record).await {
@@ -217,8 +224,13 @@ async fn forget_older(repository: &Repository, ours: &Entry, grace: Duration, no
             Err(error) if error.kind() == Kind::Damaged => None,
             read => read?,
         };
+        let takes_more_wal = match repository.points_from_of(&record.key).await {
+            Err(error) if error.kind() == Kind::Damaged => true,
+            read => read? > points_from,
+        };
         // Of two that reach as far one stays.
-        if is_old || (nobody_under_way && theirs.is_some_and(|theirs| (theirs, &record.key) < reach)) {
+        let is_covered = !takes_more_wal && theirs.is_some_and(|theirs| (theirs, &record.key) < reach);
+        if is_old || (nobody_under_way && is_covered) {
             delete_if_allowed(repository.store(), &record.key).await?;
         }
     }

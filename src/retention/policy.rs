@@ -184,8 +184,10 @@ pub fn age_of_left_behind(keep: &Keep) -> Duration {
 /// From which backups every point since `since` can be reached: for each stretch of WAL without a hole the newest that was
 /// whole before, or the oldest one.
 fn bases<'c>(main: &[&'c Candidate], since: Timestamp) -> Vec<&'c Candidate> {
+    // By WAL first: a standby that lags may end its backup of one stretch after the next has begun.
+    let through = |way: Way| if let Way::Main { through } = way { through } else { Lsn(0) };
     let mut oldest_first: Vec<&Candidate> = main.to_vec();
-    oldest_first.reverse();
+    oldest_first.sort_by_key(|candidate| (through(candidate.way), candidate.stopped_at));
     let mut bases = Vec::new();
     let stretches: Vec<&[&Candidate]> = oldest_first.chunk_by(|a, b| a.way == b.way).collect();
     for (place, stretch) in stretches.iter().enumerate() {
@@ -279,6 +281,16 @@ mod tests {
         let graceful = decide(&all, &[], &keep, Duration::from_secs(DAY), at(31));
         assert_eq!(days(&graceful), [23, 30]);
         assert_eq!(graceful.points_from, Some(Lsn(22_000)), "whoever restores a point of a day ago finds its WAL");
+    }
+
+    #[test]
+    fn a_standby_that_lags_behind_a_hole_does_not_cut_the_stretch_after_it_in_two() {
+        let mut all: Vec<_> = (1..=3).map(backup).collect();
+        // By the clock between the two others, by its WAL before them.
+        all[1].way = Way::Main { through: Lsn(500) };
+        let keep = Keep { points: Some(Duration::from_secs(DAY)), ..Keep::default() };
+        let plan = decide(&all, &[], &keep, Duration::ZERO, at(3).later_by(Duration::from_secs(DAY / 4 * 3)));
+        assert!(days(&plan).contains(&1), "the points since day 2 are reached from the first: {plan:?}");
     }
 
     #[test]

@@ -318,25 +318,26 @@ async fn wal_is_there(repository: &Repository) -> bool {
     (0..4).all(|number| listed.iter().any(|entry| entry.key == segment(number)))
 }
 
+fn with_wal() -> World {
+    block_on(async {
+        let world = World::new(1).await;
+        for number in 0..4 {
+            world.store.create(&segment(number), &Body::from(vec![0; 9])).await.expect("put");
+        }
+        world
+    })
+}
+
 #[test]
 fn a_backup_of_a_standby_keeps_its_wal_or_is_not_there_whatever_the_order_of_requests() {
     let backup = BackupId { start: Lsn(0), ..id(1, 3) };
-    let world = || {
-        block_on(async {
-            let world = World::new(1).await;
-            for number in 0..4 {
-                world.store.create(&segment(number), &Body::from(vec![0; 9])).await.expect("put");
-            }
-            world
-        })
-    };
     let new_backup = |world: &World| Actor::new(world, |repository| back_up_standby(repository, backup));
     let new_prune = |world: &World| Actor::new(world, |repository| prune(repository, Duration::ZERO));
-    let (all_of_backup, all_of_prune) = (requests(new_backup(&world())), requests(new_prune(&world())));
+    let (all_of_backup, all_of_prune) = (requests(new_backup(&with_wal())), requests(new_prune(&with_wal())));
     let (mut visible, mut refused) = (0, 0);
     let moments = (0..=all_of_prune).flat_map(|prune| (0..=all_of_backup).map(move |backup| (prune, backup)));
     for ((of_prune, of_backup), prune_first) in moments.flat_map(|moment| [true, false].map(|first| (moment, first))) {
-        let world = world();
+        let world = with_wal();
         let (mut ours, mut pruning) = (new_backup(&world), new_prune(&world));
         let mut actors = [(&mut pruning, of_prune), (&mut ours, of_backup)];
         if !prune_first {
@@ -359,6 +360,39 @@ fn a_backup_of_a_standby_keeps_its_wal_or_is_not_there_whatever_the_order_of_req
         }
     }
     assert!(visible > 100 && refused > 100, "{visible} {refused}");
+}
+
+#[test]
+fn a_backup_of_a_standby_whose_primary_is_replaced_keeps_its_wal_or_is_not_there() {
+    let backup = BackupId { start: Lsn(0), ..id(1, 3) };
+    let new_backup = |world: &World| Actor::new(world, |repository| back_up_standby(repository, backup));
+    let replace = |world: &World| {
+        Actor::new(world, |repository| async move {
+            claim(&repository, Some(Generation(1))).await?;
+            prune(repository, Duration::ZERO).await
+        })
+    };
+    let all_of_backup = requests(new_backup(&with_wal()));
+    let all_of_other = requests(replace(&with_wal()));
+    let (mut visible, mut not) = (0, 0);
+    let moments = (0..=all_of_backup).flat_map(|ours| (0..=all_of_other).map(move |other| (ours, other)));
+    for ((of_backup, of_other), more) in moments.flat_map(|moment| [0, 1, 2, 3].map(|more| (moment, more))) {
+        let world = with_wal();
+        let (mut ours, mut replacing) = (new_backup(&world), replace(&world));
+        ours.go(of_backup);
+        replacing.go(of_other);
+        ours.go(more);
+        replacing.finish().as_ref().expect("pruned");
+        let ended = ours.finish();
+        let there = block_on(world.repository.backup_ids()).expect("listed").contains(&backup);
+        assert!(there || ended.is_err(), "{of_backup} {of_other} {more}: {ended:?}");
+        // It may be there although it was told that it was taken for dead.
+        if there {
+            assert!(block_on(wal_is_there(&world.repository)), "{of_backup} {of_other} {more}");
+        }
+        *(if there { &mut visible } else { &mut not }) += 1;
+    }
+    assert!(visible > 10 && not > 100, "{visible} {not}");
 }
 
 #[test]

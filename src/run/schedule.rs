@@ -54,7 +54,9 @@ async fn backups(
         match next(options, pusher, at_once, events).await {
             Ok(id) => {
                 (at_once, retry) = (false, FIRST_RETRY);
-                board.backup(id.to_string());
+                if let Some(id) = id {
+                    board.backup(id.to_string());
+                }
                 prune(options, pusher, events).await?;
             }
             Err(error) if error.kind() == Kind::Fenced => return Err(error),
@@ -186,25 +188,33 @@ async fn first_backup(pusher: &Pusher) -> Result<()> {
     Ok(())
 }
 
-async fn next(options: &Options, pusher: &Pusher, at_once: bool, events: &Events) -> Result<BackupId> {
+/// Takes the next backup when it is due; `None` when one was taken elsewhere meanwhile, of a standby.
+async fn next(options: &Options, pusher: &Pusher, at_once: bool, events: &Events) -> Result<Option<BackupId>> {
     let repository = &pusher.repository;
-    let last = last_backup(pusher).await?;
-    let ended = last.ended.filter(|_| !at_once);
-    repository.clock().sleep(until_due(ended, repository.clock().now(), options.backup_every)).await;
+    let clock = repository.clock();
+    let mut last = last_backup(pusher).await?;
+    let wait = |last: &Last| until_due(last.ended.filter(|_| !at_once), clock.now(), options.backup_every);
+    if !wait(&last).is_zero() {
+        clock.sleep(wait(&last)).await;
+        last = last_backup(pusher).await?;
+        if !wait(&last).is_zero() {
+            return Ok(None);
+        }
+    }
     let backup = backup::Options {
         data_dir: options.data_dir.clone(),
         connect: options.connect.clone(),
         generation: pusher.writer.claim.generation,
         // The first one protects: it must not wait for a checkpoint spread over minutes.
-        fast: ended.is_none(),
+        fast: at_once || last.ended.is_none(),
         of_standby: false,
         fail_on_damage: false,
-        full: is_full_due(last.full, repository.clock().now(), options.full_every),
+        full: is_full_due(last.full, clock.now(), options.full_every),
         max_rate: options.max_rate,
         wal_timeout: Duration::from_secs(3600),
         beside: options.beside.clone(),
     };
-    backup::run(repository, &backup, events).await.map(|done| done.head.backup_id)
+    backup::run(repository, &backup, events).await.map(|done| Some(done.head.backup_id))
 }
 
 /// What the repository says of the backups up to now.

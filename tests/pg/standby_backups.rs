@@ -23,6 +23,12 @@ fn restored(scratch: &Scratch, name: &str, bucket: &Bucket, postgres: &Postgres,
     Plain::start(scratch, name, bucket, postgres)
 }
 
+fn lsn(json: &serde_json::Value) -> u64 {
+    let (high, low) = json.as_str().expect("a position").split_once('/').expect("two parts");
+    let hex = |digits| u64::from_str_radix(digits, 16).expect("hexadecimal");
+    hex(high) << 32 | hex(low)
+}
+
 fn sees(standby: &Plain, statement: &str) {
     wait_until(statement, || standby.machine.try_sql(statement).is_ok_and(|said| said == "t"));
 }
@@ -93,7 +99,9 @@ fn a_standby_that_lags_builds_on_no_later_backup_and_needs_no_wal_that_was_prune
     let scratch = Scratch::new();
     let bucket = Bucket::directory(&scratch);
     let mut primary = Machine::new(&scratch, "a", &bucket);
-    primary.start(&["--init", "--rpo=20ms"]).ready().with_backup();
+    // What the standby has not replayed yet it has not received either.
+    let keeps = ["--", "-c", "wal_keep_size=1GB"];
+    primary.start(&[&["--init", "--rpo=20ms"][..], &keeps].concat()).ready().with_backup();
     let first = bucket.json(&["list"])["backups"][0]["id"].clone();
     primary.sql("CREATE TABLE t AS SELECT n, repeat('x', 500) AS text FROM generate_series(1, 20000) n");
     primary.sql("CHECKPOINT");
@@ -103,15 +111,21 @@ fn a_standby_that_lags_builds_on_no_later_backup_and_needs_no_wal_that_was_prune
     standby.machine.sql("CHECKPOINT");
     standby.machine.sql("SELECT pg_wal_replay_pause()");
     sees(&standby, "SELECT pg_get_wal_replay_pause_state() = 'paused'");
+    // Started anew, the primary archives under another generation: the standby's backup begins under the one before.
+    assert_eq!(primary.stop(), 0);
+    primary.start(&[&["--rpo=20ms"][..], &keeps].concat()).ready();
     primary.sql("UPDATE t SET text = 'later'");
     let later = back_up(&primary);
     primary.segment_stored();
     let taken = back_up(&standby.machine);
-    assert!(taken["stop_lsn"].as_str() < later["start_lsn"].as_str(), "{taken} {later}");
-    assert_eq!(taken["parent"], first, "{taken}");
+    assert!(lsn(&taken["stop_lsn"]) < lsn(&later["start_lsn"]), "{taken} {later}");
+    assert_eq!((&taken["parent"], &taken["generation"]), (&first, &serde_json::json!(2)), "{taken}");
     let id = taken["id"].as_str().expect("an id");
     let back = restored(&scratch, "r", &bucket, &Postgres::debian(), &["--backup", id, "--immediate"]).up(false);
     assert_eq!(back.machine.sql(ROWS), rows, "as the standby was");
+    primary.archived();
+    let on = restored(&scratch, "on", &bucket, &Postgres::debian(), &["--backup", id]).up(false);
+    assert_eq!(on.machine.sql("SELECT count(*) FROM t WHERE text = 'later'"), "20000", "and on to the end");
     bucket.must(&["verify", "--full"]);
 
     // All points are kept from the primary's backup on only: the standby has not come so far.
