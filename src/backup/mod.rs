@@ -34,11 +34,11 @@ use crate::model::{BackupId, Beside, ByteSize, Generation, Lsn, PackId, Timestam
 use crate::postgres::client::{Server, Stopped, same_directory};
 use crate::postgres::data_dir::{self, FileItem, Item, Walk};
 use crate::postgres::{Client, ConnectOptions, ControlFile};
-use crate::repository::Repository;
 use crate::repository::manifest::{
     BackupHead, Database, Directory, Line, Lines, LinesWriter, Link, REGION, Tablespace,
 };
 use crate::repository::piece_sums::{self, PieceSums};
+use crate::repository::{Repository, layout};
 use crate::storage::Body;
 
 use copy::Copied;
@@ -210,7 +210,7 @@ async fn take(repository: &Repository, options: &Options, events: &Events) -> Re
     )
     .await?;
     if head.parent.is_none()
-        && let Err(error) = repository.renew_locks().await
+        && let Err(error) = repository.renew_locks(&layout::manifest(id)).await
     {
         events.alarm(format!("what a restore needs besides the backup may be deleted once its lock runs out: {error}"));
         failed.push(error);

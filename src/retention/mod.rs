@@ -343,6 +343,33 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn the_record_of_a_prune_that_may_take_more_wal_stays() {
+        let (_, repository, _) = repository().await;
+        let record = |points_from, at: Timestamp| PruneRecord {
+            kind: "perennial/prune".to_owned(),
+            format: 1,
+            write_id: WriteId(repository.clock().random()),
+            generation: Generation(1),
+            at,
+            points_from,
+            deleted: Vec::new(),
+            grace_ms: 1000,
+        };
+        let now = repository.clock().now();
+        for (points_from, hours) in [(Lsn(0), 3), (Lsn(1000), 2)] {
+            let at = now.earlier_by(Duration::from_secs(3600 * hours));
+            repository.put_prune(&record(points_from, at)).await.expect("put").expect("there");
+        }
+        prune_now(&repository).await;
+        let mut left = Vec::new();
+        for entry in repository.prunes().await.expect("listed") {
+            left.push(repository.points_from_of(&entry.key).await.expect("read"));
+        }
+        assert_eq!(left, [Lsn(1000), Lsn(0)], "of the others ours takes as much");
+        assert_eq!(repository.latest_points_from().await.expect("read"), Lsn(1000));
+    }
+
+    #[tokio::test]
     async fn where_nothing_can_be_deleted_a_repository_is_made_and_pruned_all_the_same() {
         let store = Faulty::new(Arc::new(Adapter::memory()));
         store.keep(&[""]);

@@ -193,11 +193,13 @@ async fn next(options: &Options, pusher: &Pusher, at_once: bool, events: &Events
     let repository = &pusher.repository;
     let clock = repository.clock();
     let mut last = last_backup(pusher).await?;
-    let wait = |last: &Last| until_due(last.ended.filter(|_| !at_once), clock.now(), options.backup_every);
-    if !wait(&last).is_zero() {
-        clock.sleep(wait(&last)).await;
-        last = last_backup(pusher).await?;
-        if !wait(&last).is_zero() {
+    let wait = |last: &Last| if at_once { Duration::ZERO } else { last.wait(options, clock.now()) };
+    let first = wait(&last);
+    if !first.is_zero() {
+        clock.sleep(first).await;
+        let before = std::mem::replace(&mut last, last_backup(pusher).await?);
+        // By another's clock it may be due never: what was waited for is taken.
+        if last.ended != before.ended && !wait(&last).is_zero() {
             return Ok(None);
         }
     }
@@ -222,8 +224,20 @@ async fn next(options: &Options, pusher: &Pusher, at_once: bool, events: &Events
 struct Last {
     /// When the newest ended from which everything up to now can be reached.
     ended: Option<Timestamp>,
-    /// When the last full one began that the newest builds on.
+    /// When the last full one began that any builds on.
     full: Option<Timestamp>,
+}
+
+impl Last {
+    /// How long until the next backup is due. A full one is also while others are young: those of a standby, perhaps, none of
+    /// them full.
+    fn wait(&self, options: &Options, now: Timestamp) -> Duration {
+        let wait = until_due(self.ended, now, options.backup_every);
+        match options.full_every.is_zero() {
+            true => wait,
+            false => wait.min(until_due(self.full, now, options.full_every)),
+        }
+    }
 }
 
 async fn last_backup(pusher: &Pusher) -> Result<Last> {
@@ -231,7 +245,8 @@ async fn last_backup(pusher: &Pusher) -> Result<Last> {
     let Some(reachable) = found else { return Ok(Last::default()) };
     let usable = reachable.view()?.usable(&reachable.backups);
     let whole = usable.iter().rev().find(|(_, coverage)| !coverage.gap);
-    Ok(Last { ended: whole.map(|(head, _)| head.stopped_at), full: usable.last().and_then(|(head, _)| head.full_at) })
+    let full = usable.iter().filter_map(|(head, _)| head.full_at).max();
+    Ok(Last { ended: whole.map(|(head, _)| head.stopped_at), full })
 }
 
 #[cfg(test)]

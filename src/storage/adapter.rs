@@ -14,7 +14,7 @@ use object_store::{
 };
 
 use super::failure::{Meaning, meaning};
-use super::lock::{Lock, Renewal};
+use super::lock::{Lock, Look};
 use super::{Body, Chunk, Created, Entry, Level, Location, Store};
 use crate::clock::Clock;
 use crate::error::{Error, IoContext, Kind, Result};
@@ -203,18 +203,24 @@ impl Store for Adapter {
         self.lock.is_some()
     }
 
+    async fn is_locked(&self, key: &str) -> Result<bool> {
+        let (look, mut options) = (Look::default(), GetOptions { head: true, ..GetOptions::default() });
+        options.extensions.insert(look.clone());
+        self.inner.get_opts(&self.path(key), options).await.map_err(|raw| self.failed(raw, key))?;
+        Ok(look.0.get().is_some())
+    }
+
     async fn renew(&self, key: &str) -> Result<()> {
-        let hold = self.lock.as_ref().and_then(|(lock, clock)| lock.hold(key, clock));
-        let Some(hold) = hold else { return Ok(()) };
+        let renewal = self.lock.as_ref().and_then(|(lock, clock)| lock.renewal(key, clock));
+        let Some(renewal) = renewal else { return Ok(()) };
         let mut options = GetOptions { head: true, ..GetOptions::default() };
-        options.extensions.insert(Renewal(hold));
-        match self.inner.get_opts(&self.path(key), options).await {
-            Ok(_) => Ok(()),
-            Err(raw) => match meaning(raw, &self.url(key), self.local) {
-                Meaning::Absent => Ok(()),
-                Meaning::Failed(error) => Err(error.context("its lock could not be renewed").hint(LOCK_HINT)),
-                Meaning::Taken => Err(Error::internal(format!("{}: a lock answered 'exists'", self.url(key)))),
-            },
+        options.extensions.insert(renewal);
+        let Err(raw) = self.inner.get_opts(&self.path(key), options).await else { return Ok(()) };
+        let failed = self.failed(raw, key);
+        // An answer without a body does not tell who says that it is not there.
+        match failed.is_retryable() || self.read(key, 0..1).await?.is_some() {
+            true => Err(failed.context("its lock could not be renewed").hint(LOCK_HINT)),
+            false => Ok(()),
         }
     }
 }

@@ -19,7 +19,10 @@ use object_store::client::{
 
 use crate::clock::Clock;
 use crate::error::Error;
-use crate::model::hex_bytes;
+use crate::model::{Timestamp, hex_bytes};
+
+const MODE: &str = "x-amz-object-lock-mode";
+const UNTIL: &str = "x-amz-object-lock-retain-until-date";
 
 /// What is locked, and how.
 #[derive(Debug, Clone, Copy)]
@@ -56,18 +59,31 @@ impl FromStr for LockMode {
 }
 
 impl Lock {
-    /// Whether all that the last backup needs is locked at every moment, when backups are taken and now and then full ones
-    /// (zero: never).
+    /// Whether all that the last backup needs stays locked, when backups are taken and now and then full ones (zero: never): a
+    /// full one may begin up to a period late, and is not done at once.
     pub fn outlasts(&self, backup_every: Duration, full_every: Duration) -> bool {
-        !full_every.is_zero() && self.keep >= full_every.saturating_add(backup_every)
+        !full_every.is_zero() && self.keep >= full_every.saturating_add(backup_every * 2)
     }
 
     /// For an object that is written now; nothing for one that is not worth it.
     pub(super) fn hold(&self, key: &str, clock: &Clock) -> Option<Hold> {
         let until = clock.now().later_by(self.keep);
-        (!(self.is_passing)(key)).then(|| Hold { mode: self.mode, until: until.short().replace(' ', "T") })
+        (!(self.is_passing)(key)).then(|| Hold { mode: self.mode, until: as_s3(until) })
+    }
+
+    /// For one that is there.
+    pub(super) fn renewal(&self, key: &str, clock: &Clock) -> Option<Renewal> {
+        self.hold(key, clock).map(|hold| Renewal { hold, now: as_s3(clock.now()) })
     }
 }
+
+fn as_s3(time: Timestamp) -> String {
+    time.short().replace(' ', "T")
+}
+
+/// Goes with a request for the head of an object, and says then whether it is locked.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Look(pub Arc<OnceLock<()>>);
 
 /// Goes with a request that writes an object.
 #[derive(Debug, Clone)]
@@ -85,25 +101,27 @@ impl Hold {
     }
 
     fn headers(&self) -> [(&'static str, &str); 2] {
-        [("x-amz-object-lock-mode", self.mode()), ("x-amz-object-lock-retain-until-date", &self.until)]
+        [(MODE, self.mode()), (UNTIL, &self.until)]
     }
 }
 
 /// Goes with a request for the head of an object whose lock is to last as long, if it does not already.
 #[derive(Debug, Clone)]
-pub(super) struct Renewal(pub Hold);
+pub(super) struct Renewal {
+    hold: Hold,
+    now: String,
+}
 
 impl Renewal {
     /// What is asked for beyond what the object's head says it has; nothing when that lasts.
     fn beyond(self, head: &HttpResponse) -> Option<String> {
-        let of = |name: &str| head.headers().get(name).and_then(|value| value.to_str().ok());
-        // The longest part of both that is a time of the same form.
-        let lasts =
-            of("x-amz-object-lock-retain-until-date").is_some_and(|until| until.get(..19) >= self.0.until.get(..19));
-        // What nobody can delete stays so.
-        let mode = if of("x-amz-object-lock-mode") == Some("COMPLIANCE") { "COMPLIANCE" } else { self.0.mode() };
-        let until = &self.0.until;
-        (!lasts).then(|| {
+        let Renewal { hold: Hold { until, .. }, now } = &self;
+        let held = header_of(head, UNTIL);
+        // The part of both that is a time of the same form.
+        let outlasts = |time: &str| held.is_some_and(|held| held.get(..19) >= time.get(..19));
+        // While a lock lasts its mode is not changed: for that the right to get around it is needed.
+        let mode = header_of(head, MODE).filter(|_| outlasts(now)).unwrap_or(self.hold.mode());
+        (!outlasts(until)).then(|| {
             format!("<Retention xmlns=\"http://s3.amazonaws.com/doc/2006-03-01/\"><Mode>{mode}</Mode><RetainUntilDate>{until}</RetainUntilDate></Retention>")
         })
     }
@@ -137,11 +155,20 @@ impl HttpService for Locking {
         if let Some(hold) = request.extensions_mut().remove::<Hold>() {
             self.add(&mut request, &hold).await.map_err(refused)?;
         }
-        match request.extensions_mut().remove::<Renewal>() {
-            Some(renewal) => self.renew(request, renewal).await,
-            None => self.inner.execute(request).await,
+        if let Some(renewal) = request.extensions_mut().remove::<Renewal>() {
+            return self.renew(request, renewal).await;
         }
+        let look = request.extensions_mut().remove::<Look>();
+        let answer = self.inner.execute(request).await?;
+        if let (Some(Look(is_locked)), Some(_)) = (look, header_of(&answer, UNTIL)) {
+            is_locked.get_or_init(|| ());
+        }
+        Ok(answer)
     }
+}
+
+fn header_of<'a>(answer: &'a HttpResponse, name: &str) -> Option<&'a str> {
+    answer.headers().get(name).and_then(|value| value.to_str().ok())
 }
 
 fn header(value: &str) -> Result<HeaderValue, Unsigned> {
@@ -232,8 +259,8 @@ mod tests {
     fn a_lock_outlasts_what_is_stored_anew_in_time() {
         let day = |days: u64| Duration::from_secs(86_400 * days);
         let lock = Lock { keep: day(30), mode: LockMode::default(), is_passing: |_| false };
-        assert!(lock.outlasts(day(1), day(29)));
-        assert!(!lock.outlasts(day(1), day(30)));
+        assert!(lock.outlasts(day(1), day(28)));
+        assert!(!lock.outlasts(day(1), day(29)));
         assert!(!lock.outlasts(day(1), Duration::ZERO), "never a full one");
     }
 

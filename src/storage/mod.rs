@@ -134,6 +134,12 @@ pub trait Store: std::fmt::Debug + Send + Sync {
         false
     }
 
+    /// Whether the store says that an object is locked: one that was written with a lock is, if the store keeps its word.
+    async fn is_locked(&self, key: &str) -> Result<bool> {
+        let _ = key;
+        Ok(false)
+    }
+
     /// Has the lock of an object that is there last as long as that of one that is made now. Nothing where nothing is locked.
     async fn renew(&self, key: &str) -> Result<()> {
         let _ = key;

@@ -161,6 +161,11 @@ impl Store for Retrying {
         self.inner.locks()
     }
 
+    async fn is_locked(&self, key: &str) -> Result<bool> {
+        let request = format!("HEAD {}", self.url(key));
+        self.attempts(&request, 0, |_| self.inner.is_locked(key)).await
+    }
+
     async fn renew(&self, key: &str) -> Result<()> {
         let request = format!("PUT {}?retention", self.url(key));
         self.attempts(&request, 0, |_| self.inner.renew(key)).await

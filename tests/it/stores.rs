@@ -7,13 +7,15 @@ use std::time::Duration;
 use perennial::clock::Clock;
 use perennial::error::Kind;
 use perennial::events::Events;
+use perennial::model::{SystemId, Timeline, WriteId};
 use perennial::repository::vault::Vault;
-use perennial::repository::{Codec, Repository, layout};
+use perennial::repository::{Codec, NewWriter, Repository, WalObject, layout};
 use perennial::storage::faulty::{Fault, Faulty};
 use perennial::storage::{
     self, Adapter, Body, Created, Location, Lock, LockMode, Policy, Retrying, S3Settings, Store, StoreSettings,
     conformance,
 };
+use perennial::wal::WalFileName;
 
 use crate::support::*;
 
@@ -116,7 +118,7 @@ async fn a_lock_is_renewed_and_never_cut_short() {
     let bucket = Bucket::lockable();
     let endpoint = from_run("PERENNIAL_TEST_S3");
     let at = format!("{endpoint}/{}/{}", bucket.url.strip_prefix("s3://").expect("S3"), layout::DESCRIPTOR);
-    let with = |days: u64| opened(&bucket.url, &bucket.env, None, Some(lock_of(days * 86_400)));
+    let with = |days: u64| opened(&bucket.url, &bucket.env, None, Some(lock_of(days)));
     let until = || {
         let said = signed("HEAD", &at);
         let header = said.lines().find_map(|line| line.strip_prefix("x-amz-object-lock-retain-until-date: "));
@@ -137,6 +139,44 @@ async fn a_lock_is_renewed_and_never_cut_short() {
     store.create(layout::DESCRIPTOR, &body("x")).await.expect("stored");
     let error = opened(&bare.url, &bare.env, None, Some(lock_of(9))).renew(layout::DESCRIPTOR).await;
     assert!(error.expect_err("it cannot").hint_text().into_iter().any(|hint| hint.contains("Object Lock")));
+}
+
+#[tokio::test]
+async fn what_is_written_once_is_locked_anew_with_each_full_backup() {
+    let bucket = Bucket::lockable();
+    let endpoint = from_run("PERENNIAL_TEST_S3");
+    let until = |key: &str| {
+        let said = signed("HEAD", &format!("{endpoint}/{}/{key}", bucket.url.strip_prefix("s3://").expect("S3")));
+        let header = said.lines().find_map(|line| line.strip_prefix("x-amz-object-lock-retain-until-date: "));
+        header.map(|until| until.trim().to_owned())
+    };
+    let clock = Clock::system();
+    // Whether it is locked does not matter: as before anybody asked for a lock.
+    let bare = opened(&bucket.url, &bucket.env, None, None);
+    let (repository, _) = Repository::init(bare, Codec::default(), &clock).await.expect("made");
+    let new = NewWriter {
+        writer_id: WriteId(clock.random()),
+        system_id: SystemId(7),
+        pg_major: 15,
+        segment_size: (1 << 24).try_into().expect("a size"),
+        host: String::new(),
+    };
+    let generation = repository.try_claim(None, None, &new).await.expect("asked").expect("claimed").generation;
+    let name = WalFileName::History(Timeline(2));
+    let identity = (WriteId(clock.random()), clock.now());
+    let history = WalObject::small(name, SystemId(7), b"1\t0/5000000\tno reason\n", Codec::default(), identity);
+    repository.put_wal(generation, &history.expect("made"), &[]).await.expect("put");
+    let [claim, history] = [layout::claim(generation), layout::wal_file(generation, name)];
+    let store = opened(&bucket.url, &bucket.env, None, Some(lock_of(2)));
+    let locking = Repository::open(Arc::clone(&store), &clock).await.expect("opened");
+    let error = locking.renew_locks(&claim).await.expect_err("it is not locked").to_string();
+    assert!(error.contains("does not say that it has one"), "{error}");
+    assert_eq!(until(layout::DESCRIPTOR), None);
+    store.create("packs/1", &body("of a full backup")).await.expect("stored");
+    locking.renew_locks("packs/1").await.expect("renewed");
+    for key in [layout::DESCRIPTOR, &claim, &history] {
+        assert!(until(key).is_some_and(|until| until > clock.now().short().replace(' ', "T")), "{key}");
+    }
 }
 
 #[tokio::test]

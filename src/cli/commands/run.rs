@@ -69,8 +69,9 @@ pub(super) fn options(
     let config = &setup.config;
     let backup_every = duration(setup, keep.backup_every, config.backup_every.as_ref(), BACKUP_EVERY)?;
     let full_every = duration(setup, keep.full_every, config.full_every.as_ref(), Duration::ZERO)?;
-    if setup.lock("")?.is_some_and(|lock| !lock.outlasts(backup_every, full_every)) {
-        setup.events.warning("the store's lock does not outlast what the last backup needs: what it shares with older ones was locked when it was written. Take full backups in time: --full-every of less than --lock, by --backup-every");
+    let lock = setup.lock("")?.filter(|_| matches!(location.scheme, Scheme::S3 { .. }));
+    if lock.is_some_and(|lock| !lock.outlasts(backup_every, full_every)) {
+        setup.events.warning("the store's lock does not outlast what the last backup needs: what it shares with older ones was locked when it was written. Take full backups in time: --full-every of less than --lock, by twice --backup-every");
     }
     let (keep_backups, prune_grace) = super::prune::rules(setup, &keep.retention)?;
     Ok(run::Options {

@@ -312,6 +312,10 @@ impl Store for Vault {
         self.inner.locks()
     }
 
+    async fn is_locked(&self, key: &str) -> Result<bool> {
+        self.inner.is_locked(key).await
+    }
+
     async fn renew(&self, key: &str) -> Result<()> {
         self.inner.renew(key).await
     }
