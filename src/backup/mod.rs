@@ -209,12 +209,7 @@ async fn take(repository: &Repository, options: &Options, events: &Events) -> Re
         (started_at, server_started, stopped),
     )
     .await?;
-    if head.parent.is_none()
-        && let Err(error) = repository.renew_locks(&layout::manifest(id)).await
-    {
-        events.alarm(format!("what a restore needs besides the backup may be deleted once its lock runs out: {error}"));
-        failed.push(error);
-    }
+    failed.extend(keep_locked(repository, &head, events).await);
     if let Err(error) = sums.and_then(piece_sums::Writer::keep) {
         events.warning(piece_sums::lost(&error));
     }
@@ -222,6 +217,21 @@ async fn take(repository: &Repository, options: &Options, events: &Events) -> Re
     let read = head.bytes.saturating_sub(unread);
     events.emit(Event::BackupDone { id, read, unread, stored: head.stored, elapsed });
     Ok(Done { head, elapsed, unread, every_page, behind_wal, failed })
+}
+
+/// Where what is stored is locked for a time: renews that for what is written once, and says when what the backup shares with older
+/// ones is about to lose it.
+async fn keep_locked(repository: &Repository, head: &BackupHead, events: &Events) -> Option<Error> {
+    let keep = repository.store().locks()?;
+    let almost = repository.clock().now().earlier_by(keep / 4 * 3);
+    if let Some(full_at) = head.full_at.filter(|full_at| *full_at < almost) {
+        events.warning(format!("some of what the backup needs has been locked since {} only for as long as --lock says: take a full backup (--full, --full-every)", full_at.short()));
+    }
+    let error = repository.renew_locks(&layout::manifest(head.backup_id)).await.err()?;
+    let hint = error.hint_text().map(|hint| format!(" (hint: {hint})")).unwrap_or_default();
+    events
+        .alarm(format!("what a restore needs besides the backup may be deleted once its lock runs out: {error}{hint}"));
+    Some(error)
 }
 
 /// What the pages of a backup were, if this disk has kept that: one look for each file there is.

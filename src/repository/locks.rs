@@ -1,5 +1,5 @@
 //! Locks of what is written once and needed for ever: the descriptor, keys, claims, histories, bounds of logs. Backups and WAL
-//! come anew and are locked then; these would lose theirs, so that each full backup has them renewed.
+//! come anew and are locked then; these would lose theirs, so that each backup has them renewed.
 
 use futures::{StreamExt, TryStreamExt};
 
@@ -13,7 +13,7 @@ impl Repository {
     /// Nothing where nothing is locked. `locked` was written with a lock: a store that does not say that it has one is not asked for
     /// more.
     pub async fn renew_locks(&self, locked: &str) -> Result<()> {
-        if !self.store.locks() {
+        if self.store.locks().is_none() {
             return Ok(());
         }
         if !self.store.is_locked(locked).await? {

@@ -193,7 +193,7 @@ async fn next(options: &Options, pusher: &Pusher, at_once: bool, events: &Events
     let repository = &pusher.repository;
     let clock = repository.clock();
     let mut last = last_backup(pusher).await?;
-    let wait = |last: &Last| if at_once { Duration::ZERO } else { last.wait(options, clock.now()) };
+    let wait = |last: &Last| until_due(last.ended.filter(|_| !at_once), clock.now(), options.backup_every);
     let first = wait(&last);
     if !first.is_zero() {
         clock.sleep(first).await;
@@ -224,20 +224,8 @@ async fn next(options: &Options, pusher: &Pusher, at_once: bool, events: &Events
 struct Last {
     /// When the newest ended from which everything up to now can be reached.
     ended: Option<Timestamp>,
-    /// When the last full one began that any builds on.
+    /// When the last full one began that the newest builds on.
     full: Option<Timestamp>,
-}
-
-impl Last {
-    /// How long until the next backup is due. A full one is also while others are young: those of a standby, perhaps, none of
-    /// them full.
-    fn wait(&self, options: &Options, now: Timestamp) -> Duration {
-        let wait = until_due(self.ended, now, options.backup_every);
-        match options.full_every.is_zero() {
-            true => wait,
-            false => wait.min(until_due(self.full, now, options.full_every)),
-        }
-    }
 }
 
 async fn last_backup(pusher: &Pusher) -> Result<Last> {
@@ -245,8 +233,7 @@ async fn last_backup(pusher: &Pusher) -> Result<Last> {
     let Some(reachable) = found else { return Ok(Last::default()) };
     let usable = reachable.view()?.usable(&reachable.backups);
     let whole = usable.iter().rev().find(|(_, coverage)| !coverage.gap);
-    let full = usable.iter().filter_map(|(head, _)| head.full_at).max();
-    Ok(Last { ended: whole.map(|(head, _)| head.stopped_at), full })
+    Ok(Last { ended: whole.map(|(head, _)| head.stopped_at), full: usable.last().and_then(|(head, _)| head.full_at) })
 }
 
 #[cfg(test)]

@@ -199,8 +199,8 @@ impl Store for Adapter {
         }
     }
 
-    fn locks(&self) -> bool {
-        self.lock.is_some()
+    fn locks(&self) -> Option<std::time::Duration> {
+        self.lock.as_ref().map(|(lock, _)| lock.keep)
     }
 
     async fn is_locked(&self, key: &str) -> Result<bool> {

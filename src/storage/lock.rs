@@ -73,7 +73,8 @@ impl Lock {
 
     /// For one that is there.
     pub(super) fn renewal(&self, key: &str, clock: &Clock) -> Option<Renewal> {
-        self.hold(key, clock).map(|hold| Renewal { hold, now: as_s3(clock.now()) })
+        let (now, enough) = (clock.now(), clock.now().later_by(self.keep / 4 * 3));
+        self.hold(key, clock).map(|hold| Renewal { hold, now: as_s3(now), enough: as_s3(enough) })
     }
 }
 
@@ -110,18 +111,20 @@ impl Hold {
 pub(super) struct Renewal {
     hold: Hold,
     now: String,
+    /// One that lasts until then is left alone.
+    enough: String,
 }
 
 impl Renewal {
     /// What is asked for beyond what the object's head says it has; nothing when that lasts.
     fn beyond(self, head: &HttpResponse) -> Option<String> {
-        let Renewal { hold: Hold { until, .. }, now } = &self;
+        let Renewal { hold: Hold { until, .. }, now, enough } = &self;
         let held = header_of(head, UNTIL);
         // The part of both that is a time of the same form.
         let outlasts = |time: &str| held.is_some_and(|held| held.get(..19) >= time.get(..19));
         // While a lock lasts its mode is not changed: for that the right to get around it is needed.
         let mode = header_of(head, MODE).filter(|_| outlasts(now)).unwrap_or(self.hold.mode());
-        (!outlasts(until)).then(|| {
+        (!outlasts(enough)).then(|| {
             format!("<Retention xmlns=\"http://s3.amazonaws.com/doc/2006-03-01/\"><Mode>{mode}</Mode><RetainUntilDate>{until}</RetainUntilDate></Retention>")
         })
     }

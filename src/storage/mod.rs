@@ -129,9 +129,9 @@ pub trait Store: std::fmt::Debug + Send + Sync {
     /// Deletes the object; a free key is fine.
     async fn delete(&self, key: &str) -> Result<()>;
 
-    /// Whether what is made is locked for a time; then [`Store::renew`] is worth it.
-    fn locks(&self) -> bool {
-        false
+    /// For how long what is made is locked, if it is; then [`Store::renew`] is worth it.
+    fn locks(&self) -> Option<std::time::Duration> {
+        None
     }
 
     /// Whether the store says that an object is locked: one that was written with a lock is, if the store keeps its word.
@@ -140,7 +140,8 @@ pub trait Store: std::fmt::Debug + Send + Sync {
         Ok(false)
     }
 
-    /// Has the lock of an object that is there last as long as that of one that is made now. Nothing where nothing is locked.
+    /// Has the lock of an object that is there last about as long as that of one that is made now: three quarters of that are left
+    /// alone. Nothing where nothing is locked.
     async fn renew(&self, key: &str) -> Result<()> {
         let _ = key;
         Ok(())

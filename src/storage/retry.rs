@@ -157,7 +157,7 @@ impl Store for Retrying {
         self.attempts(&request, 0, |_| self.inner.delete(key)).await
     }
 
-    fn locks(&self) -> bool {
+    fn locks(&self) -> Option<std::time::Duration> {
         self.inner.locks()
     }
 

@@ -1,6 +1,5 @@
 //! One suite of rules for every store, and what `init` makes of stores that break them.
 
-use std::process::Command;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -74,16 +73,6 @@ async fn a_real_s3_server_keeps_the_rules() {
     conformance::run(&*store(&bucket.url, &bucket.env), "c").await.expect("conforms");
 }
 
-/// What `curl` says to a request that it signs; a status and headers.
-fn signed(method: &str, url: &str) -> String {
-    let of =
-        ["-s", "-i", "--max-time", "30", "--user", "perennial:perennial-secret", "--aws-sigv4", "aws:amz:us-east-1:s3"];
-    let mut curl = Command::new("curl");
-    curl.args(of).args(if method == "HEAD" { vec!["-I"] } else { vec!["-X", method] });
-    let said = curl.arg(url).output().expect("curl");
-    String::from_utf8_lossy(&said.stdout).to_lowercase()
-}
-
 #[tokio::test]
 async fn what_is_locked_cannot_be_deleted_by_whoever_got_hold_of_the_keys() {
     let bucket = Bucket::lockable();
@@ -142,7 +131,7 @@ async fn a_lock_is_renewed_and_never_cut_short() {
 }
 
 #[tokio::test]
-async fn what_is_written_once_is_locked_anew_with_each_full_backup() {
+async fn what_is_written_once_is_locked_anew() {
     let bucket = Bucket::lockable();
     let endpoint = from_run("PERENNIAL_TEST_S3");
     let until = |key: &str| {

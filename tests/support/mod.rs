@@ -195,6 +195,16 @@ pub fn text(output: &Output) -> String {
     format!("{}\n{}{}", output.status, String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr))
 }
 
+/// What `curl` says to a request that it signs; a status and headers.
+pub fn signed(method: &str, url: &str) -> String {
+    let of =
+        ["-s", "-i", "--max-time", "30", "--user", "perennial:perennial-secret", "--aws-sigv4", "aws:amz:us-east-1:s3"];
+    let mut curl = Command::new("curl");
+    curl.args(of).args(if method == "HEAD" { vec!["-I"] } else { vec!["-X", method] });
+    let said = curl.arg(url).output().expect("curl");
+    String::from_utf8_lossy(&said.stdout).to_lowercase()
+}
+
 /// A PostgreSQL installation.
 #[derive(Clone)]
 pub struct Postgres {

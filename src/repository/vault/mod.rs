@@ -308,7 +308,7 @@ impl Store for Vault {
         self.inner.delete(key).await
     }
 
-    fn locks(&self) -> bool {
+    fn locks(&self) -> Option<std::time::Duration> {
         self.inner.locks()
     }
 
