@@ -126,6 +126,7 @@ async fn take(repository: &Repository, options: &Options, events: &Events) -> Re
         let newest = check_newest(repository, options.generation);
         // A full backup believes nothing that was stored before.
         let since = async { if options.full { Ok(None) } else { remains::since(repository).await } };
+        // Where the backup starts is not known yet.
         tokio::try_join!(newest, look(control.timeline, Lsn(u64::MAX)), since)
     };
     let began_there = client.start_backup(server.version, "perennial", options.fast);

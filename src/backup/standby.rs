@@ -9,7 +9,6 @@ use std::time::Duration;
 use futures::{StreamExt, TryStreamExt};
 
 use super::wait::{self, Needed};
-use crate::disk;
 use crate::error::{Error, IoContext, Kind, Result};
 use crate::events::{Event, Events};
 use crate::model::{BackupId, Generation, Timestamp};
@@ -168,11 +167,8 @@ impl<'a> Standby<'a> {
     async fn hash_of(&self, name: SegmentName, length: u64, must_be_there: bool) -> Result<Option<Sha256>> {
         let path = self.data_dir.join("pg_wal").join(name.to_string());
         for look in 0..LOOKS {
-            if disk::is_there(&path)? {
-                // Gone again between two looks: looked for once more.
-                if let Some(hash) = hash_of_file(&path, length)? {
-                    return Ok(Some(hash));
-                }
+            if let Some(hash) = hash_of_file(&path, length)? {
+                return Ok(Some(hash));
             }
             if !must_be_there || look + 1 == LOOKS {
                 break;
@@ -270,7 +266,7 @@ impl End<'_> {
     }
 }
 
-/// `None` when it has gone since.
+/// `None` when it is not there.
 fn hash_of_file(path: &Path, length: u64) -> Result<Option<Sha256>> {
     let file = match std::fs::File::open(path) {
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),

@@ -213,8 +213,14 @@ impl Client {
     /// When the last transaction ended that a standby has replayed, by the primary's clock; `None` before the first one since
     /// its start.
     pub async fn last_replayed_commit(&self) -> Result<Option<Timestamp>> {
-        let micros = self.text("(extract(epoch FROM pg_last_xact_replay_timestamp()) * 1000000)::bigint").await?;
-        Ok(micros.parse().ok().map(Timestamp::from_unix_micros))
+        const SQL: &str = "(extract(epoch FROM pg_last_xact_replay_timestamp()) * 1000000)::bigint";
+        let micros = self.text(SQL).await?;
+        if micros.is_empty() {
+            return Ok(None);
+        }
+        let micros =
+            micros.parse().map_err(|_| Error::postgres(format!("the server answered '{micros}' to: {SQL}")))?;
+        Ok(Some(Timestamp::from_unix_micros(micros)))
     }
 
     /// When the server was started, by its own clock.

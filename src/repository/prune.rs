@@ -36,6 +36,13 @@ pub struct PruneRecord {
     pub grace_ms: u64,
 }
 
+impl PruneRecord {
+    /// Packs that were put up to this moment may be what it is deleting, by the store's clock; `entry` is the record as listed.
+    pub fn reach(&self, entry: &Entry) -> Timestamp {
+        entry.modified.earlier_by(Duration::from_millis(self.grace_ms))
+    }
+}
+
 /// `backups/<id>/…`: `begun`, `deleted` and pins.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 struct Note {
@@ -129,9 +136,7 @@ impl Repository {
     /// Packs that were put up to this moment of the store's clock may be what a prune on record is deleting, if no manifest
     /// names them; `None` when the record has gone since it was listed.
     pub async fn prune_reach(&self, record: &Entry) -> Result<Option<Timestamp>> {
-        let Some(bytes) = read_small(self.store(), &record.key, DOCUMENT_MAX).await? else { return Ok(None) };
-        let read: PruneRecord = document::read(&bytes).map_err(|why| self.corrupt(&record.key, why))?;
-        Ok(Some(record.modified.earlier_by(Duration::from_millis(read.grace_ms))))
+        Ok(self.prune_record(&record.key).await?.map(|read| read.reach(record)))
     }
 
     /// The records of prunes, oldest first.
@@ -139,7 +144,7 @@ impl Repository {
         Ok(self.store.list_level(layout::PRUNES).await?.entries)
     }
 
-    /// The highest position that a prune on record, any of which may still be deleting, has said that.
+    /// The highest position of which a prune on record has said that all WAL from there on stays: any of them may still be deleting.
     pub async fn latest_points_from(&self) -> Result<Lsn> {
         let mut latest = Lsn(0);
         for entry in self.prunes().await? {
@@ -150,9 +155,13 @@ impl Repository {
 
     /// What a record says of it; zero of one that has gone, because another says as much.
     pub async fn points_from_of(&self, record: &str) -> Result<Lsn> {
-        let Some(bytes) = read_small(self.store(), record, DOCUMENT_MAX).await? else { return Ok(Lsn(0)) };
-        let read: PruneRecord = document::read(&bytes).map_err(|why| self.corrupt(record, why))?;
-        Ok(read.points_from)
+        Ok(self.prune_record(record).await?.map_or(Lsn(0), |read| read.points_from))
+    }
+
+    /// A record by its key; `None` when it has gone since it was listed.
+    pub async fn prune_record(&self, key: &str) -> Result<Option<PruneRecord>> {
+        let Some(bytes) = read_small(self.store(), key, DOCUMENT_MAX).await? else { return Ok(None) };
+        document::read(&bytes).map(Some).map_err(|why| self.corrupt(key, why))
     }
 
     /// Before which position WAL was pruned on the way to the newest state, as the last prune left it; zero for never.

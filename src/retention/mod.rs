@@ -219,17 +219,14 @@ async fn forget_older(repository: &Repository, ours: &Entry, grace: Duration, no
     let points_from = repository.points_from_of(&ours.key).await?;
     for record in records.iter().filter(|record| record.key != ours.key) {
         let is_old = record.modified < ours.modified.earlier_by(sweep::BACKUP_MAX);
-        let theirs = match repository.prune_reach(record).await {
+        let theirs = match repository.prune_record(&record.key).await {
             // Nobody knows how far it reaches.
             Err(error) if error.kind() == Kind::Damaged => None,
             read => read?,
         };
-        let takes_more_wal = match repository.points_from_of(&record.key).await {
-            Err(error) if error.kind() == Kind::Damaged => true,
-            read => read? > points_from,
-        };
         // Of two that reach as far one stays.
-        let is_covered = !takes_more_wal && theirs.is_some_and(|theirs| (theirs, &record.key) < reach);
+        let is_covered = theirs
+            .is_some_and(|theirs| theirs.points_from <= points_from && (theirs.reach(record), &record.key) < reach);
         if is_old || (nobody_under_way && is_covered) {
             delete_if_allowed(repository.store(), &record.key).await?;
         }

@@ -118,10 +118,11 @@ fn needs(census: &Census, plan: &Plan, needed: &[&BackupHead], now: Timestamp) -
     if let Some(from) = plan.points_from {
         needs.add_all_since(&view, from);
     }
+    let known: BTreeSet<BackupId> = census.heads.iter().map(|head| head.backup_id).collect();
     // Listed after our record was there. One of a standby begins at that one's last restart point, which may lie before the
     // last backup's start.
     for (id, of) in &census.objects {
-        let has_ended_since = of.manifest.is_some() && !census.heads.iter().any(|head| head.backup_id == *id);
+        let has_ended_since = of.manifest.is_some() && !known.contains(id);
         if has_ended_since || is_under_way(census, *id, of, now) {
             needs.add_all_since(&view, id.start);
         }

@@ -261,6 +261,7 @@ fn pruning_beside_backups_restores_and_boots_that_are_killed_loses_nothing() {
             pruning.wait().expect("ended");
         }
         bucket.must(&["verify", "--full"]);
+        bucket.must(&["drill"]);
         std::fs::remove_dir_all(into).expect("removed");
     }
     bucket.must(&["backup", "-D", &data_dir]);
